@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! A backend: a size, its files, the states of its pages, and what it counts.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::addr::{FilePages, FileSpace, PAGE_SIZE};
+use crate::backing::{Backing, Mode, ViewFile};
+use crate::error::{Error, Result};
+use crate::page_set::PageSet;
+use crate::state::{PageState, PageStates, View};
+
+/// Which backend of its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackendId(pub u32);
+
+/// What becomes of the side that a page has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discard {
+    /// A hole is punched inside the conversion.
+    Now,
+    /// Nothing is freed: for guests that flip the same pages all the time. A page that comes back to
+    /// a view may show what it held there before.
+    Keep,
+}
+
+/// What a backend is to be.
+#[derive(Clone, Debug)]
+pub struct BackendConfig {
+    /// Its name in messages.
+    pub name: String,
+    /// Size in bytes: a multiple of [`PAGE_SIZE`], not 0.
+    pub size: u64,
+    /// How it is to keep its pages; `None` leaves the choice to the library.
+    pub mode: Option<Mode>,
+    /// Discard policy.
+    pub discard: Discard,
+    /// The state that pages start in: undecided, or private where the guest's launch demands it.
+    pub start: PageState,
+    /// A number of the user's, for its listener.
+    pub tag: usize,
+}
+
+/// Guest memory with two views.
+#[derive(Debug)]
+pub struct Backend {
+    id: BackendId,
+    config: BackendConfig,
+    pages: FilePages,
+    pub(crate) states: Mutex<PageStates>,
+    backing: Mutex<Arc<Backing>>,
+    /// Pages that are still allocated in a view that they have left.
+    unpunched: Mutex<Unpunched>,
+    /// Pages whose attributes may not follow their state: setting them back has failed.
+    unsure: Mutex<PageSet<FileSpace>>,
+    pub(crate) counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Unpunched {
+    shared: PageSet<FileSpace>,
+    private: PageSet<FileSpace>,
+}
+
+impl Unpunched {
+    fn of(&mut self, view: View) -> &mut PageSet<FileSpace> {
+        match view {
+            View::Shared => &mut self.shared,
+            View::Private => &mut self.private,
+        }
+    }
+}
+
+/// Two counters, one for each direction.
+#[derive(Debug, Default)]
+pub(crate) struct ByView {
+    shared: AtomicU64,
+    private: AtomicU64,
+}
+
+impl ByView {
+    pub(crate) fn add(&self, view: View, n: u64) {
+        match view {
+            View::Shared => self.shared.fetch_add(n, Ordering::Relaxed),
+            View::Private => self.private.fetch_add(n, Ordering::Relaxed),
+        };
+    }
+}
+
+/// What a backend counts. Nothing is computed before somebody asks.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) conversions: ByView,
+    pub(crate) converted_pages: ByView,
+    pub(crate) faults: ByView,
+    pub(crate) hypercalls: AtomicU64,
+    pub(crate) refused: AtomicU64,
+}
+
+/// What a backend holds and has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendStats {
+    /// Bytes in each state, in the order of [`PageState::ALL`].
+    pub state_bytes: [u64; 4],
+    /// Bytes of the shared file that the kernel has allocated.
+    pub shared_allocated: u64,
+    /// Requests that moved pages to the shared view.
+    pub conversions_to_shared: u64,
+    /// Requests that moved pages to the private view.
+    pub conversions_to_private: u64,
+    /// Bytes moved to the shared view.
+    pub converted_to_shared: u64,
+    /// Bytes moved to the private view.
+    pub converted_to_private: u64,
+    /// Memory faults that asked for the shared view.
+    pub faults_shared: u64,
+    /// Memory faults that asked for the private view.
+    pub faults_private: u64,
+    /// Requests by hypercall.
+    pub hypercalls: u64,
+    /// Requests that were refused.
+    pub refused: u64,
+    /// Bytes whose hole is still to be punched.
+    pub unpunched: u64,
+}
+
+impl Backend {
+    pub(crate) fn new(id: BackendId, config: BackendConfig, backing: Backing) -> Result<Self> {
+        let pages = FilePages::from_bytes(0, config.size)?;
+        let states = PageStates::new(pages.count(), config.start).map_err(|_| Error::NoMemory {
+            backend: config.name.clone(),
+            size: config.size,
+        })?;
+        Ok(Self {
+            id,
+            pages,
+            states: Mutex::new(states),
+            config,
+            backing: Mutex::new(Arc::new(backing)),
+            unpunched: Mutex::default(),
+            unsure: Mutex::default(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Which backend of its VM.
+    pub fn id(&self) -> BackendId {
+        self.id
+    }
+
+    /// What it was to be.
+    pub fn config(&self) -> &BackendConfig {
+        &self.config
+    }
+
+    /// All its pages.
+    pub fn pages(&self) -> FilePages {
+        self.pages
+    }
+
+    /// How it keeps its pages.
+    pub fn mode(&self) -> Mode {
+        self.backing().mode()
+    }
+
+    /// Its files.
+    pub fn backing(&self) -> Arc<Backing> {
+        self.backing.lock().clone()
+    }
+
+    /// Checks that a range of bytes is a range of whole pages of the backend.
+    pub fn pages_at(&self, offset: u64, bytes: u64) -> Result<FilePages> {
+        let pages = FilePages::from_bytes(offset, bytes)?;
+        if self.pages.covers(pages) {
+            Ok(pages)
+        } else {
+            Err(self.outside(offset, bytes))
+        }
+    }
+
+    /// The pages that a range of bytes touches; no alignment needed.
+    pub fn pages_covering(&self, offset: u64, bytes: u64) -> Result<FilePages> {
+        FilePages::covering_bytes(offset, bytes)
+            .filter(|pages| self.pages.covers(*pages))
+            .ok_or_else(|| self.outside(offset, bytes))
+    }
+
+    pub(crate) fn outside(&self, offset: u64, bytes: u64) -> Error {
+        Error::OutsideBackend {
+            backend: self.config.name.clone(),
+            offset,
+            bytes,
+            size: self.config.size,
+        }
+    }
+
+    /// The runs of states that make up a range of the backend.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn state_runs(&self, pages: FilePages) -> Vec<(FilePages, PageState)> {
+        self.states.lock().runs(pages).collect()
+    }
+
+    /// Are all of these pages in this view, as far as anybody can tell?
+    pub(crate) fn all_surely_in(&self, pages: FilePages, view: View) -> bool {
+        self.all_in(pages, |state| state == view.into()) && self.unsure_within(pages).is_empty()
+    }
+
+    /// Pages whose attributes may not follow their state.
+    pub(crate) fn unsure_within(&self, pages: FilePages) -> Vec<FilePages> {
+        self.unsure.lock().within(pages)
+    }
+
+    /// Do the attributes of these pages follow their state?
+    pub(crate) fn set_sure(&self, pages: FilePages, sure: bool) {
+        let mut unsure = self.unsure.lock();
+        match sure {
+            true => unsure.remove(pages),
+            false => unsure.insert(pages),
+        }
+    }
+
+    /// Are all of these pages in one of the accepted states? Stops at the first that is not.
+    pub(crate) fn all_in(&self, pages: FilePages, accepted: impl Fn(PageState) -> bool) -> bool {
+        self.states
+            .lock()
+            .runs(pages)
+            .all(|(_, state)| accepted(state))
+    }
+
+    /// Bytes per state and counters.
+    pub fn stats(&self) -> BackendStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        let state_bytes = {
+            let states = self.states.lock();
+            PageState::ALL.map(|state| states.count(state) * PAGE_SIZE)
+        };
+        let unpunched = {
+            let unpunched = self.unpunched.lock();
+            unpunched.shared.bytes() + unpunched.private.bytes()
+        };
+        BackendStats {
+            state_bytes,
+            // A file that cannot be asked is shown as empty: a query must not fail for it.
+            shared_allocated: self.backing().file(View::Shared).allocated().unwrap_or(0),
+            conversions_to_shared: get(&counters.conversions.shared),
+            conversions_to_private: get(&counters.conversions.private),
+            converted_to_shared: get(&counters.converted_pages.shared) * PAGE_SIZE,
+            converted_to_private: get(&counters.converted_pages.private) * PAGE_SIZE,
+            faults_shared: get(&counters.faults.shared),
+            faults_private: get(&counters.faults.private),
+            hypercalls: get(&counters.hypercalls),
+            refused: get(&counters.refused),
+            unpunched,
+        }
+    }
+
+    /// Frees pages of a view.
+    pub(crate) fn punch(&self, pages: FilePages, view: View) -> Result<()> {
+        let backing = self.backing();
+        backing
+            .file(view)
+            .punch_hole(pages)
+            .map_err(|source| Error::Punch {
+                backend: self.config.name.clone(),
+                pages,
+                view,
+                source,
+            })?;
+        self.unpunched.lock().of(view).remove(pages);
+        Ok(())
+    }
+
+    pub(crate) fn remember_unpunched(&self, pages: FilePages, view: View) {
+        self.unpunched.lock().of(view).insert(pages);
+    }
+
+    /// Punches what is left to punch, so that the view can be exposed.
+    pub(crate) fn prepare(&self, pages: FilePages, view: View) -> Result<()> {
+        let left = self.unpunched.lock().of(view).within(pages);
+        left.into_iter().try_for_each(|hole| self.punch(hole, view))
+    }
+
+    /// Starts over with another private file; all pages are in the state that they started in. The
+    /// caller has emptied the shared view of those that were not shared, or shall not stay so.
+    pub(crate) fn restart(&self, private: Arc<dyn ViewFile>) {
+        let mut backing = self.backing.lock();
+        let Backing::TwoFiles { shared, .. } = &**backing;
+        *backing = Arc::new(Backing::TwoFiles {
+            private,
+            shared: shared.clone(),
+        });
+        drop(backing);
+        self.states.lock().set_all(self.config.start);
+        *self.unpunched.lock() = Unpunched::default();
+        *self.unsure.lock() = PageSet::default();
+    }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! The files behind the views of a backend.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::io::retry_on_intr;
+
+use crate::addr::FilePages;
+use crate::state::View;
+
+/// How a backend keeps its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Two files: a guest_memfd for private pages, a memfd for shared ones.
+    Private,
+    /// One guest_memfd that the host maps, for VMs without private memory.
+    Mapped,
+}
+
+/// One file with one page for each page of a backend.
+pub trait ViewFile: Debug + Send + Sync {
+    /// To map it, or to give it to KVM.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// Frees the pages; they read zero if they are allocated again.
+    fn punch_hole(&self, pages: FilePages) -> io::Result<()>;
+
+    /// Allocated bytes as the kernel accounts them for the file. 0 for every guest_memfd: the kernel
+    /// does not tell.
+    fn allocated(&self) -> io::Result<u64>;
+}
+
+/// A file of the kernel: memfd or guest_memfd.
+#[derive(Debug)]
+pub struct KernelFile(OwnedFd);
+
+impl KernelFile {
+    /// A file that some other call created.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// A memfd of this size, which nobody can resize.
+    pub fn memfd(name: &str, bytes: u64) -> io::Result<Self> {
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        retry_on_intr(|| rustix::fs::ftruncate(&fd, bytes))?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+        Ok(Self(fd))
+    }
+}
+
+impl ViewFile for KernelFile {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn punch_hole(&self, pages: FilePages) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        retry_on_intr(|| {
+            rustix::fs::fallocate(&self.0, flags, pages.start_bytes(), pages.bytes())
+        })?;
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        // st_blocks counts units of 512 bytes and is never negative.
+        Ok(rustix::fs::fstat(&self.0)?.st_blocks.unsigned_abs() * 512)
+    }
+}
+
+/// The files of a backend.
+#[derive(Debug)]
+pub enum Backing {
+    /// [`Mode::Private`].
+    TwoFiles {
+        /// The guest_memfd.
+        private: Arc<dyn ViewFile>,
+        /// The memfd.
+        shared: Arc<dyn ViewFile>,
+    },
+}
+
+impl Backing {
+    /// Which mode this is.
+    pub fn mode(&self) -> Mode {
+        match self {
+            Backing::TwoFiles { .. } => Mode::Private,
+        }
+    }
+
+    /// The file behind a view.
+    pub fn file(&self, view: View) -> &dyn ViewFile {
+        match (self, view) {
+            (Backing::TwoFiles { private, .. }, View::Private) => private.as_ref(),
+            (Backing::TwoFiles { shared, .. }, View::Shared) => shared.as_ref(),
+        }
+    }
+}

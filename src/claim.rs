@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Claims: the exclusive right to convert ranges of pages.
+//!
+//! A claim on several ranges is granted as a whole or not at all, so two claims can never wait for
+//! each other. Disjoint claims do not meet. Overlapping ones are granted in the order in which they
+//! came, so a claim on much memory is not overtaken for ever by claims on parts of it.
+
+use std::thread::{self, ThreadId};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::addr::FilePages;
+use crate::backend::BackendId;
+
+/// How often a waiting thread asks whether it is to give up.
+const ASK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The wait for a claim was interrupted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupted;
+
+/// The claims of a VM.
+#[derive(Debug, Default)]
+pub struct Claims {
+    held: Mutex<Held>,
+    released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    next_id: u64,
+    ranges: Vec<HeldRange>,
+    /// In the order in which they came.
+    waiting: Vec<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    claim: u64,
+    wanted: Vec<(BackendId, FilePages)>,
+}
+
+#[derive(Debug)]
+struct HeldRange {
+    claim: u64,
+    thread: ThreadId,
+    backend: BackendId,
+    pages: FilePages,
+}
+
+impl Held {
+    /// Is anything in the way of a claim, held or waited for before it?
+    fn blocks(&self, claim: u64, wanted: &[(BackendId, FilePages)]) -> bool {
+        let earlier = self.waiting.iter().take_while(|w| w.claim != claim);
+        let queued: Vec<_> = earlier.flat_map(|w| &w.wanted).collect();
+        wanted.iter().any(|&(backend, pages)| {
+            self.conflicts(backend, pages, None)
+                || queued
+                    .iter()
+                    .any(|(b, p)| *b == backend && p.overlaps(pages))
+        })
+    }
+
+    fn conflicts(&self, backend: BackendId, pages: FilePages, but_not: Option<ThreadId>) -> bool {
+        self.ranges.iter().any(|held| {
+            held.backend == backend && held.pages.overlaps(pages) && Some(held.thread) != but_not
+        })
+    }
+}
+
+impl Claims {
+    /// Waits until no claim overlaps `wanted`, then claims all of it.
+    ///
+    /// The ranges of one request may overlap each other. `interrupted` is asked while waiting; it
+    /// must not call back.
+    pub fn claim(
+        &self,
+        wanted: &[(BackendId, FilePages)],
+        interrupted: impl Fn() -> bool,
+    ) -> Result<Claim<'_>, Interrupted> {
+        let mut held = self.held.lock();
+        let claim = held.next_id;
+        held.next_id += 1;
+        if held.blocks(claim, wanted) {
+            let waiting = Waiting {
+                claim,
+                wanted: wanted.to_vec(),
+            };
+            held.waiting.push(waiting);
+            let mut give_up = false;
+            while !give_up && held.blocks(claim, wanted) {
+                self.released.wait_for(&mut held, ASK_INTERVAL);
+                give_up = interrupted();
+            }
+            held.waiting.retain(|waiting| waiting.claim != claim);
+            if give_up {
+                // Others may have queued behind it.
+                self.released.notify_all();
+                return Err(Interrupted);
+            }
+        }
+        let thread = thread::current().id();
+        held.ranges
+            .extend(wanted.iter().map(|&(backend, pages)| HeldRange {
+                claim,
+                thread,
+                backend,
+                pages,
+            }));
+        Ok(Claim {
+            claims: self,
+            id: claim,
+        })
+    }
+
+    /// Does another thread's claim overlap the range?
+    pub fn is_claimed(&self, backend: BackendId, pages: FilePages) -> bool {
+        let me = Some(thread::current().id());
+        self.held.lock().conflicts(backend, pages, me)
+    }
+
+    /// Waits until no other thread's claim overlaps the range.
+    pub fn settle(&self, backend: BackendId, pages: FilePages) {
+        let me = Some(thread::current().id());
+        let mut held = self.held.lock();
+        while held.conflicts(backend, pages, me) {
+            self.released.wait(&mut held);
+        }
+    }
+}
+
+/// Claimed ranges; dropping it releases them.
+#[derive(Debug)]
+pub struct Claim<'a> {
+    claims: &'a Claims,
+    id: u64,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut held = self.claims.held.lock();
+        held.ranges.retain(|range| range.claim != self.id);
+        self.claims.released.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    const RAM: BackendId = BackendId(0);
+
+    fn pages(start: u64, end: u64) -> FilePages {
+        FilePages::new(start, end).unwrap()
+    }
+
+    #[test]
+    fn disjoint_claims_do_not_wait() {
+        let claims = Claims::default();
+        let _a = claims.claim(&[(RAM, pages(0, 4))], || true).unwrap();
+        let _b = claims.claim(&[(RAM, pages(4, 8))], || true).unwrap();
+        let _c = claims
+            .claim(&[(BackendId(1), pages(0, 4))], || true)
+            .unwrap();
+    }
+
+    #[test]
+    fn a_waiting_thread_can_be_interrupted_and_leaves_nothing_behind() {
+        let claims = Claims::default();
+        let held = claims.claim(&[(RAM, pages(2, 3))], || true).unwrap();
+        let wanted = [(RAM, pages(8, 9)), (RAM, pages(0, 4))];
+        assert!(matches!(claims.claim(&wanted, || true), Err(Interrupted)));
+        drop(held);
+        claims.claim(&[(RAM, pages(8, 9))], || true).unwrap();
+    }
+
+    #[test]
+    fn an_interruption_is_seen_however_busy_others_are() {
+        let claims = Claims::default();
+        let done = AtomicBool::new(false);
+        let _held = claims.claim(&[(RAM, pages(0, 1))], || false).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    drop(claims.claim(&[(RAM, pages(50, 51))], || false));
+                }
+            });
+            let start = std::time::Instant::now();
+            let result = claims.claim(&[(RAM, pages(0, 1))], || true);
+            done.store(true, Ordering::SeqCst);
+            assert!(matches!(result, Err(Interrupted)));
+            assert!(start.elapsed() < Duration::from_secs(1));
+        });
+    }
+
+    #[test]
+    fn a_later_claim_does_not_overtake_an_earlier_one_that_it_overlaps() {
+        let claims = Claims::default();
+        let small = claims.claim(&[(RAM, pages(0, 1))], || false).unwrap();
+        thread::scope(|scope| {
+            let wide = scope.spawn(|| claims.claim(&[(RAM, pages(0, 100))], || false).unwrap());
+            while claims.held.lock().waiting.is_empty() {
+                thread::yield_now();
+            }
+            let overtaking = claims.claim(&[(RAM, pages(9, 10))], || true);
+            assert!(matches!(overtaking, Err(Interrupted)));
+            drop(claims.claim(&[(RAM, pages(100, 101))], || true).unwrap());
+            drop(small);
+            drop(wide.join().unwrap());
+        });
+        assert!(claims.held.lock().waiting.is_empty());
+    }
+
+    #[test]
+    fn settle_waits_for_others_but_not_for_oneself() {
+        let claims = Claims::default();
+        let held = claims.claim(&[(RAM, pages(0, 4))], || true).unwrap();
+        claims.settle(RAM, pages(0, 1));
+        let settled = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                claims.settle(RAM, pages(0, 1));
+                settled.store(true, Ordering::SeqCst);
+            });
+            thread::sleep(Duration::from_millis(30));
+            assert!(!settled.load(Ordering::SeqCst));
+            drop(held);
+        });
+        assert!(settled.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn overlapping_claims_exclude_each_other() {
+        let claims = Claims::default();
+        let inside: [AtomicU64; 8] = Default::default();
+        thread::scope(|scope| {
+            for t in 0..4u64 {
+                let (claims, inside) = (&claims, &inside);
+                scope.spawn(move || {
+                    for i in 0..500 {
+                        let start = (i * 3 + t) % 6;
+                        let wanted = [(RAM, pages(start, start + 2))];
+                        let _claim = claims.claim(&wanted, || false).unwrap();
+                        for page in start..start + 2 {
+                            assert_eq!(inside[page as usize].fetch_add(1, Ordering::SeqCst), 0);
+                        }
+                        for page in start..start + 2 {
+                            inside[page as usize].fetch_sub(1, Ordering::SeqCst);
+                        }
+                    }
+                });
+            }
+        });
+    }
+}

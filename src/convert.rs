@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Conversions: moving pages from one view to the other, and discarding both.
+//!
+//! To private: listeners let go, the attribute is set, the shared view is punched. To shared: the
+//! attribute is cleared, listeners are told, the private view is punched. So the host's mappings go
+//! before a page becomes private and come after it is shared. A request takes effect as a whole or
+//! not at all; only the hole of a view that has been left may be punched later, before that view is
+//! exposed again.
+
+use std::sync::Arc;
+
+use crate::addr::{FilePages, GuestPages};
+use crate::backend::{Backend, BackendId, Discard};
+use crate::claim::Claim;
+use crate::error::{Error, Result};
+use crate::listener::{Level, Told};
+use crate::moves::{Moves, Run};
+use crate::state::{PageState, View};
+use crate::vm::Vm;
+use crate::window::{Part, Window};
+
+impl Vm {
+    /// Makes the pages of a range of guest physical space private or shared. Returns how many pages
+    /// have changed.
+    ///
+    /// Parts that no backend owns take part if the listener says so. On an error nothing has
+    /// changed.
+    pub fn convert(&self, guest: GuestPages, to: View) -> Result<u64> {
+        if self.is_already(guest, to) {
+            return Ok(0);
+        }
+        let told = Told::begin(self.listener.as_ref());
+        let (windows, _claim) = self.claim_windows(guest, to)?;
+        for (backend, pages) in &windows {
+            self.make_sure(backend, *pages)?;
+        }
+        let mut moves = Moves::mark(&windows, |state| state != to.into());
+        match to {
+            View::Private => self.to_private(&moves, &told)?,
+            View::Shared => self.to_shared(&moves, &told)?,
+        }
+        let pages = moves.pages();
+        moves.count(to);
+        moves.finish(|_| to.into());
+        Ok(pages)
+    }
+
+    /// Is all of the range in windows, and in that view? Costs no claim and no system call.
+    fn is_already(&self, guest: GuestPages, to: View) -> bool {
+        let windows = self.windows.read();
+        windows.resolve(guest).all(|part| match part {
+            Part::Gap(_) => false,
+            Part::Window(window) => {
+                (to == View::Shared || window.bound)
+                    && self
+                        .backend(window.backend)
+                        .is_some_and(|backend| backend.all_surely_in(window.file, to))
+            }
+        })
+    }
+
+    /// Checks a request completely, and claims its pages.
+    #[allow(clippy::type_complexity)] // a pair of what it is called after
+    fn claim_windows(
+        &self,
+        guest: GuestPages,
+        to: View,
+    ) -> Result<(Vec<(Arc<Backend>, FilePages)>, Claim<'_>)> {
+        loop {
+            let parts: Vec<Part> = self.windows.read().resolve(guest).collect();
+            let windows = self.check(&parts, to)?;
+            let wanted: Vec<(BackendId, FilePages)> =
+                windows.iter().map(|w| (w.backend, w.file)).collect();
+            let claim = self
+                .claims
+                .claim(&wanted, || self.listener.interrupted())
+                .map_err(|_| Error::Interrupted { guest })?;
+            // The layout cannot change under a claim, but it can while one is waited for.
+            if self.windows.read().resolve(guest).eq(parts) {
+                let windows = windows
+                    .iter()
+                    .filter_map(|w| Some((self.backend(w.backend)?, w.file)))
+                    .collect();
+                return Ok((windows, claim));
+            }
+        }
+    }
+
+    fn check(&self, parts: &[Part], to: View) -> Result<Vec<Window>> {
+        let mut windows = Vec::with_capacity(parts.len());
+        for part in parts {
+            match *part {
+                Part::Gap(guest) => self.listener.gap(guest, to).map_err(|source| Error::Gap {
+                    guest,
+                    to,
+                    source,
+                })?,
+                Part::Window(window) if to == View::Private && !window.bound => {
+                    return Err(Error::Unbound {
+                        guest: window.guest,
+                    });
+                }
+                Part::Window(window) => windows.push(window),
+            }
+        }
+        Ok(windows)
+    }
+
+    fn to_private(&self, moves: &Moves, told: &Told<'_>) -> Result<()> {
+        let runs = moves.runs(|_| true);
+        for run in &runs {
+            run.backend.prepare(run.pages, View::Private)?;
+        }
+        for run in &runs {
+            told.discard(&run.backend, run.pages);
+        }
+        let Err(error) = self.set_attributes(&runs, View::Private) else {
+            self.leave(&runs, View::Shared);
+            return Ok(());
+        };
+        // The guest may have used the private view before it was taken back.
+        self.leave(&runs, View::Private);
+        for run in &runs {
+            if let Err(lost) = told.populate(&run.backend, run.pages) {
+                self.log_error(&lost);
+            }
+        }
+        Err(error)
+    }
+
+    fn to_shared(&self, moves: &Moves, told: &Told<'_>) -> Result<()> {
+        // Undecided pages are shared already for KVM, and their private view is a hole.
+        let runs = moves.runs(|was| was == PageState::Private);
+        for run in &runs {
+            run.backend.prepare(run.pages, View::Shared)?;
+        }
+        let result = self
+            .set_attributes(&runs, View::Shared)
+            .and_then(|()| self.populate(&runs, told));
+        match result {
+            Ok(()) => self.leave(&runs, View::Private),
+            // The guest may have used the shared view before it was taken back.
+            Err(_) => self.leave(&runs, View::Shared),
+        }
+        result
+    }
+
+    /// Tells that runs are shared now, or makes none of them so.
+    fn populate(&self, runs: &[Run], told: &Told<'_>) -> Result<()> {
+        for (index, run) in runs.iter().enumerate() {
+            if let Err(error) = told.populate(&run.backend, run.pages) {
+                for run in &runs[..index] {
+                    told.discard(&run.backend, run.pages);
+                }
+                self.set_attributes_back(runs, View::Private);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the attributes of runs at every place they appear at, or of none.
+    fn set_attributes(&self, runs: &[Run], view: View) -> Result<()> {
+        for (index, run) in runs.iter().enumerate() {
+            if let Err(error) = self.set_attributes_of(&run.backend, run.pages, view) {
+                self.set_attributes_back(&runs[..=index], view.other());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// After a failure. Where this fails too, it is made up for before the pages are converted again.
+    fn set_attributes_back(&self, runs: &[Run], view: View) {
+        for run in runs {
+            if let Err(later) = self.set_attributes_of(&run.backend, run.pages, view) {
+                run.backend.set_sure(run.pages, false);
+                self.log_error(&later);
+            }
+        }
+    }
+
+    fn set_attributes_of(&self, backend: &Backend, pages: FilePages, view: View) -> Result<()> {
+        let owner = self.owner();
+        let places = self.windows.read().places(backend.id(), pages);
+        places.into_iter().try_for_each(|guest| {
+            owner
+                .set_attributes(guest, view)
+                .map_err(|source| Error::SetAttributes {
+                    guest,
+                    view,
+                    source,
+                })
+        })
+    }
+
+    /// Brings attributes in line with states where that has failed before. The caller has claimed
+    /// the pages.
+    fn make_sure(&self, backend: &Backend, pages: FilePages) -> Result<()> {
+        for unsure in backend.unsure_within(pages) {
+            for (run, state) in backend.state_runs(unsure) {
+                let view = match state {
+                    PageState::Private => View::Private,
+                    _ => View::Shared,
+                };
+                self.set_attributes_of(backend, run, view)?;
+                // The guest may have used the other view meanwhile.
+                backend.punch(run, view.other())?;
+                backend.set_sure(run, true);
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees the view that pages have left, as the policy says.
+    fn leave(&self, runs: &[Run], view: View) {
+        for run in runs {
+            match run.backend.config().discard {
+                Discard::Now => self.punch_or_remember(run, view),
+                Discard::Keep => {}
+            }
+        }
+    }
+
+    /// A hole that cannot be punched now does not undo a conversion: it is punched before the view
+    /// is exposed again.
+    fn punch_or_remember(&self, run: &Run, view: View) {
+        if let Err(later) = run.backend.punch(run.pages, view) {
+            run.backend.remember_unpunched(run.pages, view);
+            self.listener.log(Level::Warning, &later.to_string());
+        }
+    }
+
+    /// Frees both views of pages of a backend; they become undecided.
+    pub fn discard(&self, backend: &Arc<Backend>, pages: FilePages) -> Result<()> {
+        let told = Told::begin(self.listener.as_ref());
+        let _claim = loop {
+            // Not interruptible: QEMU's callers cannot repeat a discard.
+            if let Ok(claim) = self.claims.claim(&[(backend.id(), pages)], || false) {
+                break claim;
+            }
+        };
+        self.make_sure(backend, pages)?;
+        let mut moves = Moves::mark(&[(backend.clone(), pages)], |_| true);
+        // The host sees undecided pages: their shared view is emptied first, whatever the policy
+        // says.
+        for run in moves.runs(|_| true) {
+            run.backend.punch(run.pages, View::Shared)?;
+        }
+        self.to_shared(&moves, &told)?;
+        if backend.config().discard == Discard::Keep {
+            for run in moves.runs(|_| true) {
+                self.punch_or_remember(&run, View::Private);
+            }
+        }
+        moves.finish(|_| PageState::Undecided);
+        Ok(())
+    }
+
+    /// May the host use all of these pages? Waits for conversions that other threads have under way.
+    pub fn is_populated(&self, backend: &Backend, pages: FilePages) -> bool {
+        loop {
+            self.claims.settle(backend.id(), pages);
+            let settled = backend.all_in(pages, |state| state != PageState::Transition);
+            // What is in transition may be this thread's own, whose listener asks.
+            if settled || !self.claims.is_claimed(backend.id(), pages) {
+                return backend.all_in(pages, PageState::host_may_use);
+            }
+        }
+    }
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! What can go wrong, with the values a reader of the message needs.
+
+use std::io;
+
+use rustix::io::Errno;
+
+use crate::addr::{FilePages, GuestPages, RangeError};
+use crate::state::View;
+use crate::window::Overlap;
+
+/// A result of this library.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of this library. [`Error::errno`] gives the number that C callers and guests get.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Numbers that are no range of pages.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+
+    /// Attribute bits that `KVM_HC_MAP_GPA_RANGE` does not define.
+    #[error("unknown attributes {attributes:#x} for a guest physical range")]
+    UnknownAttributes {
+        /// All attributes, as given.
+        attributes: u64,
+    },
+
+    /// A part of a request that no backend owns, and that may not take part in it.
+    #[error("cannot make {guest} {to}: no backend owns it: {source}")]
+    Gap {
+        /// The part.
+        guest: GuestPages,
+        /// What was asked for.
+        to: View,
+        /// Why not.
+        source: io::Error,
+    },
+
+    /// Private pages were asked for where only the shared view can appear.
+    #[error("cannot make {guest} private: its window is not bound to the guest_memfd")]
+    Unbound {
+        /// The part of the request.
+        guest: GuestPages,
+    },
+
+    /// A wait for other conversions was interrupted.
+    #[error("interrupted while waiting for another conversion of {guest}")]
+    Interrupted {
+        /// The request.
+        guest: GuestPages,
+    },
+
+    /// The hypervisor refused to set memory attributes.
+    #[error("cannot set the attributes of {guest} to {view}: {source}")]
+    SetAttributes {
+        /// The range.
+        guest: GuestPages,
+        /// What they were to be.
+        view: View,
+        /// Why not.
+        source: io::Error,
+    },
+
+    /// A file refused to free pages.
+    #[error(
+        "cannot punch a hole for {pages} into the {view} file of backend '{backend}': {source}"
+    )]
+    Punch {
+        /// Name of the backend.
+        backend: String,
+        /// The pages.
+        pages: FilePages,
+        /// Which file.
+        view: View,
+        /// Why not.
+        source: io::Error,
+    },
+
+    /// A listener cannot use pages that were to be shared.
+    #[error("a listener refused {pages} of backend '{backend}': {source}")]
+    Listener {
+        /// Name of the backend.
+        backend: String,
+        /// The pages.
+        pages: FilePages,
+        /// Its answer.
+        source: io::Error,
+    },
+
+    /// A file of a backend could not be created.
+    #[error("cannot create the {view} file of backend '{backend}' with {size:#x} bytes: {source}")]
+    CreateFile {
+        /// Name of the backend.
+        backend: String,
+        /// Which file.
+        view: View,
+        /// Bytes.
+        size: u64,
+        /// Why not.
+        source: io::Error,
+    },
+
+    /// There is no memory for the page states of a backend.
+    #[error("no memory for the page states of backend '{backend}' with {size:#x} bytes")]
+    NoMemory {
+        /// Name of the backend.
+        backend: String,
+        /// Bytes.
+        size: u64,
+    },
+
+    /// The kernel or the VM lacks something that the configuration needs.
+    #[error("{wanted}: {found}")]
+    Unsupported {
+        /// What was asked for.
+        wanted: String,
+        /// What was found, and what would work.
+        found: String,
+    },
+
+    /// A file descriptor could not be used.
+    #[error("cannot use {what}: {source}")]
+    Descriptor {
+        /// Whose.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+
+    /// Two windows at one guest address.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+
+    /// There is no such window.
+    #[error("no window at {guest}")]
+    NoWindow {
+        /// The range that was named.
+        guest: GuestPages,
+    },
+
+    /// Pages beyond the end of a backend.
+    #[error("pages {offset:#x}+{bytes:#x} lie outside backend '{backend}' of {size:#x} bytes")]
+    OutsideBackend {
+        /// Name of the backend.
+        backend: String,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        bytes: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+
+    /// Something is still in use.
+    #[error("{what} while {user}")]
+    InUse {
+        /// What was asked for.
+        what: &'static str,
+        /// Why it cannot be.
+        user: &'static str,
+    },
+}
+
+impl Error {
+    /// The error number, positive, as Linux defines it.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::Range(_)
+            | Error::UnknownAttributes { .. }
+            | Error::Unbound { .. }
+            | Error::OutsideBackend { .. } => Errno::INVAL.raw_os_error(),
+            Error::Interrupted { .. } => Errno::INTR.raw_os_error(),
+            Error::Gap { source, .. }
+            | Error::SetAttributes { source, .. }
+            | Error::Punch { source, .. }
+            | Error::Listener { source, .. }
+            | Error::CreateFile { source, .. }
+            | Error::Descriptor { source, .. } => {
+                source.raw_os_error().unwrap_or(Errno::IO.raw_os_error())
+            }
+            Error::NoMemory { .. } => Errno::NOMEM.raw_os_error(),
+            Error::Unsupported { .. } => Errno::OPNOTSUPP.raw_os_error(),
+            Error::Overlap(_) => Errno::EXIST.raw_os_error(),
+            Error::NoWindow { .. } => Errno::NOENT.raw_os_error(),
+            Error::InUse { .. } => Errno::BUSY.raw_os_error(),
+        }
+    }
+}

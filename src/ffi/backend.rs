@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+use std::ffi::CStr;
+use std::os::fd::AsRawFd;
+
+use super::error::guestmemfd_error;
+use super::types::*;
+use super::{Failure, Out, check_ref, guard, guard_value};
+use crate::addr::PAGE_SIZE;
+use crate::backend::{BackendConfig, Discard};
+use crate::backing::Mode;
+use crate::state::{PageState, View};
+
+/// Creates a backend and its files.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_new(
+    vm: *mut guestmemfd_vm,
+    config: *const guestmemfd_backend_config,
+    backend: *mut *mut guestmemfd_backend,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || {
+        let vm = check_ref(vm, "vm")?;
+        let out = Out::check(backend, "backend")?;
+        let config = backend_config(check_ref(config, "config")?)?;
+        let backend = guestmemfd_backend {
+            vm: vm.vm.clone(),
+            backend: vm.vm.create_backend(config)?,
+        };
+        out.set(Box::into_raw(Box::new(backend)));
+        Ok(())
+    })
+}
+
+fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, Failure> {
+    if config.id.is_null() {
+        return Err(Failure::Null("config.id"));
+    }
+    // SAFETY: not NULL; the caller passes a C string.
+    let name = unsafe { CStr::from_ptr(config.id) };
+    let size = config.size;
+    if size == 0 {
+        return Err(Failure::Argument("can't create backend with size 0".into()));
+    }
+    if size % PAGE_SIZE != 0 {
+        return Err(Failure::Argument(format!(
+            "size {size:#x} is not a multiple of {PAGE_SIZE:#x}"
+        )));
+    }
+    Ok(BackendConfig {
+        name: name.to_string_lossy().into_owned(),
+        size,
+        mode: match config.mode {
+            GUESTMEMFD_MODE_AUTO => None,
+            GUESTMEMFD_MODE_PRIVATE => Some(Mode::Private),
+            GUESTMEMFD_MODE_MAPPED => Some(Mode::Mapped),
+            other => return Err(Failure::Argument(format!("unknown mode {other}"))),
+        },
+        discard: match config.discard {
+            GUESTMEMFD_DISCARD_NOW => Discard::Now,
+            GUESTMEMFD_DISCARD_KEEP => Discard::Keep,
+            other => {
+                return Err(Failure::Argument(format!("unknown discard policy {other}")));
+            }
+        },
+        start: match config.start_private {
+            true => PageState::Private,
+            false => PageState::Undecided,
+        },
+        tag: config.opaque.expose_provenance(),
+    })
+}
+
+/// Frees a backend, whose windows must have been removed. NULL is allowed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backend) {
+    if backend.is_null() {
+        return;
+    }
+    guard_value((), || {
+        // SAFETY: guestmemfd_backend_new() made it; the caller gives it back.
+        let backend = unsafe { Box::from_raw(backend) };
+        if let Err(error) = backend.vm.remove_backend(&backend.backend) {
+            backend.vm.log_error(&error);
+        }
+    });
+}
+
+/// The guest_memfd for the KVM slots of bound windows. Borrowed: duplicate it to keep it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_private_fd(backend: *const guestmemfd_backend) -> i32 {
+    fd_of(backend, View::Private)
+}
+
+/// The file that the host maps. Borrowed: duplicate it to keep it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_shared_fd(backend: *const guestmemfd_backend) -> i32 {
+    fd_of(backend, View::Shared)
+}
+
+fn fd_of(backend: *const guestmemfd_backend, view: View) -> i32 {
+    guard_value(-1, || {
+        check_ref(backend, "backend").map_or(-1, |backend| {
+            backend.backend.backing().file(view).fd().as_raw_fd()
+        })
+    })
+}
+
+/// Frees both views of some pages; they become undecided.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_discard(
+    backend: *mut guestmemfd_backend,
+    offset: u64,
+    size: u64,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || {
+        let backend = check_ref(backend, "backend")?;
+        let pages = backend.backend.pages_at(offset, size)?;
+        Ok(backend.vm.discard(&backend.backend, pages)?)
+    })
+}
+
+/// May the host use all of these bytes (QEMU's RamDiscardSource)? Waits for conversions of them that
+/// other threads have under way. No alignment is needed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_is_populated(
+    backend: *const guestmemfd_backend,
+    offset: u64,
+    size: u64,
+) -> bool {
+    guard_value(false, || {
+        let Ok(backend) = check_ref(backend, "backend") else {
+            return false;
+        };
+        let pages = backend.backend.pages_covering(offset, size);
+        pages.is_ok_and(|pages| backend.vm.is_populated(&backend.backend, pages))
+    })
+}
+
+/// Bytes per state and counters, without a scan.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_stats(
+    backend: *const guestmemfd_backend,
+    stats: *mut guestmemfd_stats,
+) -> i32 {
+    guard(std::ptr::null_mut(), || {
+        let backend = &check_ref(backend, "backend")?.backend;
+        let out = Out::check(stats, "stats")?;
+        let stats = backend.stats();
+        let bytes = |state: PageState| stats.state_bytes[state as usize];
+        out.set(guestmemfd_stats {
+            size: backend.config().size,
+            undecided_bytes: bytes(PageState::Undecided),
+            shared_bytes: bytes(PageState::Shared),
+            private_bytes: bytes(PageState::Private),
+            transition_bytes: bytes(PageState::Transition),
+            shared_allocated: stats.shared_allocated,
+            conversions_to_private: stats.conversions_to_private,
+            conversions_to_shared: stats.conversions_to_shared,
+            converted_to_private_bytes: stats.converted_to_private,
+            converted_to_shared_bytes: stats.converted_to_shared,
+            hypercalls: stats.hypercalls,
+            faults_private: stats.faults_private,
+            faults_shared: stats.faults_shared,
+            refused: stats.refused,
+            unpunched_bytes: stats.unpunched,
+            mode: mode_number(backend.mode()),
+            discard: discard_number(backend.config().discard),
+        });
+        Ok(())
+    })
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+use std::os::raw::c_char;
+
+/// Size of guestmemfd_error.message in bytes, with the terminating NUL.
+pub const GUESTMEMFD_ERROR_SIZE: usize = 512;
+
+/// Why a function failed. The caller owns it; written only when a function returns a negative
+/// number.
+#[repr(C)]
+#[derive(Debug)]
+pub struct guestmemfd_error {
+    /// The errno, positive.
+    pub code: i32,
+    /// One line in English, without a newline; cut if it is too long.
+    pub message: [c_char; GUESTMEMFD_ERROR_SIZE],
+}
+
+pub(super) fn fill(error: *mut guestmemfd_error, code: i32, message: &str) {
+    if error.is_null() {
+        return;
+    }
+    let mut end = message.len().min(GUESTMEMFD_ERROR_SIZE - 1);
+    while !message.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut text = [0; GUESTMEMFD_ERROR_SIZE];
+    for (to, from) in text.iter_mut().zip(message[..end].bytes()) {
+        // One line, up to its first NUL.
+        *to = if from < b' ' { b' ' } else { from } as c_char;
+    }
+    let filled = guestmemfd_error {
+        code,
+        message: text,
+    };
+    // SAFETY: not NULL; a valid place for an error that the caller owns, perhaps uninitialised.
+    unsafe { error.write(filled) }
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+use std::os::raw::{c_char, c_void};
+use std::sync::Arc;
+
+use crate::backend::{Backend, Discard};
+use crate::backing::Mode;
+use crate::vm::Vm;
+
+/// Number of the interface that this header describes, for guestmemfd_vm_new().
+pub const GUESTMEMFD_ABI: u32 = 1;
+
+/// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
+/// cannot carry a guest_memfd.
+pub const GUESTMEMFD_WINDOW_UNBINDABLE: u32 = 1;
+
+/// A virtual machine: its owner, and where pages of its backends appear.
+#[derive(Debug)]
+pub struct guestmemfd_vm {
+    pub(super) vm: Arc<Vm>,
+}
+
+/// Guest memory of one size: one object of QEMU's.
+#[derive(Debug)]
+pub struct guestmemfd_backend {
+    pub(super) vm: Arc<Vm>,
+    pub(super) backend: Arc<Backend>,
+}
+
+/// How a backend keeps its pages: one of GUESTMEMFD_MODE_*.
+pub type guestmemfd_mode = u32;
+/// The library chooses.
+pub const GUESTMEMFD_MODE_AUTO: guestmemfd_mode = 0;
+/// Two files: a guest_memfd for private pages, a memfd for shared ones.
+pub const GUESTMEMFD_MODE_PRIVATE: guestmemfd_mode = 1;
+/// One guest_memfd, mapped by the host; for VMs without private memory.
+pub const GUESTMEMFD_MODE_MAPPED: guestmemfd_mode = 2;
+
+/// What becomes of the side that a page has left: one of GUESTMEMFD_DISCARD_*.
+pub type guestmemfd_discard = u32;
+/// Its hole is punched inside the conversion.
+pub const GUESTMEMFD_DISCARD_NOW: guestmemfd_discard = 0;
+/// It is not freed.
+pub const GUESTMEMFD_DISCARD_KEEP: guestmemfd_discard = 1;
+
+/// What a backend is to be.
+#[repr(C)]
+#[derive(Debug)]
+pub struct guestmemfd_backend_config {
+    /// Its name in messages, UTF-8.
+    pub id: *const c_char,
+    /// Bytes; a multiple of 4096, not 0.
+    pub size: u64,
+    /// How it is to keep its pages.
+    pub mode: guestmemfd_mode,
+    /// Discard policy.
+    pub discard: guestmemfd_discard,
+    /// Pages start private (SEV-SNP, TDX) instead of undecided.
+    pub start_private: bool,
+    /// Passed to guestmemfd_callbacks.populate and discard.
+    pub opaque: *mut c_void,
+}
+
+/// What a backend holds and has done since it was created.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct guestmemfd_stats {
+    /// Bytes in all.
+    pub size: u64,
+    /// Bytes that nobody has chosen a view for.
+    pub undecided_bytes: u64,
+    /// Bytes in the shared view.
+    pub shared_bytes: u64,
+    /// Bytes in the private view.
+    pub private_bytes: u64,
+    /// Bytes claimed by conversions under way.
+    pub transition_bytes: u64,
+    /// Bytes of the shared file that the kernel has allocated.
+    pub shared_allocated: u64,
+    /// Requests that moved pages to the private view.
+    pub conversions_to_private: u64,
+    /// Requests that moved pages to the shared view.
+    pub conversions_to_shared: u64,
+    /// Bytes moved to the private view.
+    pub converted_to_private_bytes: u64,
+    /// Bytes moved to the shared view.
+    pub converted_to_shared_bytes: u64,
+    /// Requests by hypercall, refused ones too.
+    pub hypercalls: u64,
+    /// Memory faults that asked for the private view.
+    pub faults_private: u64,
+    /// Memory faults that asked for the shared view.
+    pub faults_shared: u64,
+    /// Requests that were refused.
+    pub refused: u64,
+    /// Bytes whose hole is still to be punched.
+    pub unpunched_bytes: u64,
+    /// How the backend keeps its pages; never GUESTMEMFD_MODE_AUTO.
+    pub mode: guestmemfd_mode,
+    /// Discard policy.
+    pub discard: guestmemfd_discard,
+}
+
+pub(super) fn mode_number(mode: Mode) -> guestmemfd_mode {
+    match mode {
+        Mode::Private => GUESTMEMFD_MODE_PRIVATE,
+        Mode::Mapped => GUESTMEMFD_MODE_MAPPED,
+    }
+}
+
+pub(super) fn discard_number(discard: Discard) -> guestmemfd_discard {
+    match discard {
+        Discard::Now => GUESTMEMFD_DISCARD_NOW,
+        Discard::Keep => GUESTMEMFD_DISCARD_KEEP,
+    }
+}

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! What the library asks of, and tells, the program that uses it.
+
+use std::io;
+
+use crate::addr::{FilePages, GuestPages};
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::state::View;
+
+/// How grave a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// Something was lost or cannot be undone.
+    Error,
+    /// Something will be tried again.
+    Warning,
+}
+
+/// The user of a VM. All are called from the thread that entered the library; none may ask for a
+/// conversion, a discard or a change of the layout.
+///
+/// `begin` and `end` bracket every conversion and discard. `begin` comes before any claim is taken,
+/// so it is the place for locks that `populate` and `discard` need: a thread that holds such a lock
+/// may itself wait for a claim. Between the two, nobody may start to depend on being told who did
+/// not when `begin` answered.
+pub trait Listener: Send + Sync {
+    /// A request begins. Are `populate` and `discard` to be called in it?
+    fn begin(&self) -> bool {
+        false
+    }
+
+    /// The request is over; `told` is what `begin` answered.
+    fn end(&self, told: bool) {
+        let _ = told;
+    }
+
+    /// The host can use the pages from now on. On an error, they stay private.
+    fn populate(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
+        let _ = (backend, pages);
+        Ok(())
+    }
+
+    /// The pages are about to become private: let go of them.
+    fn discard(&self, backend: &Backend, pages: FilePages) {
+        let _ = (backend, pages);
+    }
+
+    /// May a part of a request that no backend owns take part in it?
+    fn gap(&self, guest: GuestPages, to: View) -> io::Result<()>;
+
+    /// Should a thread that waits for a claim give up?
+    fn interrupted(&self) -> bool {
+        false
+    }
+
+    /// Something that a user should know and that no return value says.
+    fn log(&self, level: Level, message: &str);
+}
+
+/// Brackets a request for the listener.
+pub(crate) struct Told<'a> {
+    listener: &'a dyn Listener,
+    told: bool,
+}
+
+impl<'a> Told<'a> {
+    pub(crate) fn begin(listener: &'a dyn Listener) -> Self {
+        let told = listener.begin();
+        Self { listener, told }
+    }
+
+    pub(crate) fn populate(&self, backend: &Backend, pages: FilePages) -> Result<()> {
+        if !self.told {
+            return Ok(());
+        }
+        self.listener
+            .populate(backend, pages)
+            .map_err(|source| Error::Listener {
+                backend: backend.config().name.clone(),
+                pages,
+                source,
+            })
+    }
+
+    pub(crate) fn discard(&self, backend: &Backend, pages: FilePages) {
+        if self.told {
+            self.listener.discard(backend, pages);
+        }
+    }
+}
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.listener.end(self.told);
+    }
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! The KVM owner, over a VM that somebody else opened and runs.
+#![allow(unsafe_code)] // file descriptors that C code and ioctls return as plain numbers
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    kvm_create_guest_memfd, kvm_memory_attributes,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use rustix::io::{FdFlags, fcntl_setfd};
+
+use super::Owner;
+use crate::addr::GuestPages;
+use crate::backing::{KernelFile, ViewFile};
+use crate::error::{Error, Result};
+use crate::state::View;
+
+/// A VM of KVM.
+#[derive(Debug)]
+pub struct KvmOwner {
+    kvm: Kvm,
+    vm: VmFd,
+}
+
+impl KvmOwner {
+    /// Takes duplicates of `/dev/kvm` and of the VM.
+    pub fn new(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>) -> Result<Self> {
+        let duplicate = |fd: BorrowedFd<'_>, what| {
+            fd.try_clone_to_owned()
+                .map(IntoRawFd::into_raw_fd)
+                .map_err(|source| Error::Descriptor { what, source })
+        };
+        let kvm = duplicate(kvm, "/dev/kvm")?;
+        // SAFETY: the number is that of a duplicate that nobody else knows; Kvm closes it.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm) };
+        let raw = duplicate(vm, "the VM's file descriptor")?;
+        // SAFETY: as above; the VmFd closes it.
+        let vm = unsafe { kvm.create_vmfd_from_rawfd(raw) }.map_err(|error| {
+            // SAFETY: on an error, which comes of /dev/kvm, nobody has taken the duplicate over.
+            drop(unsafe { OwnedFd::from_raw_fd(raw) });
+            Error::Descriptor {
+                what: "/dev/kvm",
+                source: error.into(),
+            }
+        })?;
+        Ok(Self { kvm, vm })
+    }
+}
+
+impl Owner for KvmOwner {
+    fn check_private_memory(&self) -> Result<()> {
+        let lacks = |found: &str| {
+            Err(Error::Unsupported {
+                wanted: "private memory in a guest_memfd".into(),
+                found: found.into(),
+            })
+        };
+        // Asked of /dev/kvm: before Linux 6.18, VMs without private memory deny that there is any.
+        if self.kvm.check_extension_raw(KVM_CAP_GUEST_MEMFD.into()) <= 0 {
+            return lacks("KVM has no guest_memfd here; Linux 6.8 or later is needed");
+        }
+        let attributes = self
+            .vm
+            .check_extension_raw(KVM_CAP_MEMORY_ATTRIBUTES.into());
+        if i64::from(attributes) & i64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE) == 0 {
+            return lacks(
+                "this VM's type has no private memory; use a confidential guest (sev-snp-guest, \
+                 tdx-guest, sw-protected-guest)",
+            );
+        }
+        Ok(())
+    }
+
+    fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        let fd = self.vm.create_guest_memfd(kvm_create_guest_memfd {
+            size: bytes,
+            flags: 0,
+            ..Default::default()
+        })?;
+        // SAFETY: the ioctl returned a new descriptor, which is ours alone.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // The kernel gives it without O_CLOEXEC.
+        fcntl_setfd(fd.as_fd(), FdFlags::CLOEXEC)?;
+        Ok(Arc::new(KernelFile::new(fd)))
+    }
+
+    fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {
+        let attributes = match view {
+            View::Shared => 0,
+            View::Private => u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE),
+        };
+        self.vm.set_memory_attributes(kvm_memory_attributes {
+            address: guest.start_bytes(),
+            size: guest.bytes(),
+            attributes,
+            flags: 0,
+        })?;
+        Ok(())
+    }
+}

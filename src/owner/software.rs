@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! An owner without a hypervisor: it remembers attributes and keeps private pages in a memfd. For
+//! tests, and for machines without KVM.
+
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::Owner;
+use crate::addr::{GuestPages, GuestSpace};
+use crate::backing::{KernelFile, ViewFile};
+use crate::error::Result;
+use crate::page_set::PageSet;
+use crate::state::View;
+
+/// An owner without a hypervisor.
+#[derive(Debug, Default)]
+pub struct SoftwareOwner {
+    private: Mutex<PageSet<GuestSpace>>,
+}
+
+impl SoftwareOwner {
+    /// The view that a guest would see of a page.
+    pub fn view(&self, page: u64) -> View {
+        let set = GuestPages::new(page, page + 1)
+            .is_some_and(|page| !self.private.lock().within(page).is_empty());
+        if set { View::Private } else { View::Shared }
+    }
+}
+
+impl Owner for SoftwareOwner {
+    fn check_private_memory(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        Ok(Arc::new(KernelFile::memfd("guestmemfd-private", bytes)?))
+    }
+
+    fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {
+        let mut private = self.private.lock();
+        match view {
+            View::Private => private.insert(guest),
+            View::Shared => private.remove(guest),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! What a guest asks for: by hypercall, or by touching memory. Both end in [`Vm::convert`].
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::addr::GuestPages;
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::state::View;
+use crate::vm::Vm;
+use crate::window::Part;
+
+/// `KVM_MAP_GPA_RANGE_ENCRYPTED` of `arch/x86/include/uapi/asm/kvm_para.h`.
+const MAP_GPA_RANGE_ENCRYPTED: u64 = 1 << 4;
+
+/// The page sizes of the same header: 4 KiB, 2 MiB, 1 GiB. A hint that changes nothing here.
+const MAP_GPA_RANGE_PAGE_SIZES: u64 = 2;
+
+impl Vm {
+    /// Serves `KVM_HC_MAP_GPA_RANGE` (Documentation/virt/kvm/x86/hypercalls.rst) with the arguments
+    /// as the guest gave them. Returns how many pages have changed.
+    pub fn map_gpa_range(&self, gpa: u64, pages: u64, attributes: u64) -> Result<u64> {
+        let backend = self.backend_at(gpa);
+        if let Some(backend) = &backend {
+            backend.counters.hypercalls.fetch_add(1, Ordering::Relaxed);
+        }
+        let result = parse_map_gpa_range(gpa, pages, attributes)
+            .and_then(|(guest, to)| self.convert(guest, to));
+        count_refusal(backend.as_ref(), result)
+    }
+
+    /// Serves `KVM_EXIT_MEMORY_FAULT`. Returns how many pages have changed.
+    ///
+    /// Only the shared view appears in a window that is not bound, so an access there asks for that
+    /// one, whatever the exit says.
+    pub fn memory_fault(&self, gpa: u64, size: u64, private: bool) -> Result<u64> {
+        let guest = GuestPages::from_bytes(gpa, size)?;
+        let unbound = |part| matches!(part, Part::Window(w) if !w.bound);
+        let to = match private && !self.windows.read().resolve(guest).any(unbound) {
+            true => View::Private,
+            false => View::Shared,
+        };
+        let backend = self.backend_at(gpa);
+        if let Some(backend) = &backend {
+            backend.counters.faults.add(to, 1);
+        }
+        let result = match self.convert(guest, to) {
+            // The window has changed meanwhile.
+            Err(Error::Unbound { .. }) => self.convert(guest, View::Shared),
+            result => result,
+        };
+        count_refusal(backend.as_ref(), result)
+    }
+
+    fn backend_at(&self, gpa: u64) -> Option<Arc<Backend>> {
+        let page = GuestPages::covering_bytes(gpa, 1)?;
+        match self.windows.read().resolve(page).next()? {
+            Part::Window(window) => self.backend(window.backend),
+            Part::Gap(_) => None,
+        }
+    }
+}
+
+fn parse_map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> Result<(GuestPages, View)> {
+    if attributes & !MAP_GPA_RANGE_ENCRYPTED > MAP_GPA_RANGE_PAGE_SIZES {
+        return Err(Error::UnknownAttributes { attributes });
+    }
+    let guest = GuestPages::from_address_and_pages(gpa, pages)?;
+    let view = match attributes & MAP_GPA_RANGE_ENCRYPTED {
+        0 => View::Shared,
+        _ => View::Private,
+    };
+    Ok((guest, view))
+}
+
+fn count_refusal<T>(backend: Option<&Arc<Backend>>, result: Result<T>) -> Result<T> {
+    if let (Err(_), Some(backend)) = (&result, backend) {
+        backend.counters.refused.fetch_add(1, Ordering::Relaxed);
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_that_the_abi_does_not_define_are_refused() {
+        for attributes in [3, 4, 8, 15, 0x20, 0x13, 1 << 63, u64::MAX] {
+            assert!(
+                parse_map_gpa_range(0, 1, attributes).is_err(),
+                "{attributes:#x}"
+            );
+        }
+        for (attributes, view) in [
+            (0, View::Shared),
+            (2, View::Shared),
+            (0x10, View::Private),
+            (0x11, View::Private),
+        ] {
+            assert_eq!(parse_map_gpa_range(0, 1, attributes).unwrap().1, view);
+        }
+    }
+}

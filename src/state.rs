@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! The state of every page of a backend: two bitmaps, and counters that are kept as bits change.
+//!
+//! | shared | private | state |
+//! |---|---|---|
+//! | 0 | 0 | undecided |
+//! | 1 | 0 | shared |
+//! | 0 | 1 | private |
+//! | 1 | 1 | in transition |
+
+use std::collections::TryReserveError;
+
+use bitvec::prelude::*;
+
+use crate::addr::FilePages;
+
+/// One of the two views of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum View {
+    /// Mapped by the host, backed by the shared file.
+    Shared,
+    /// Only the guest's, backed by the guest_memfd.
+    Private,
+}
+
+impl View {
+    /// The other one.
+    pub fn other(self) -> Self {
+        match self {
+            View::Shared => View::Private,
+            View::Private => View::Shared,
+        }
+    }
+}
+
+impl std::fmt::Display for View {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            View::Shared => "shared",
+            View::Private => "private",
+        })
+    }
+}
+
+/// The state of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PageState {
+    /// Nobody has chosen yet. The attribute is clear: to KVM the page is shared.
+    Undecided,
+    /// Host and guest use the shared view.
+    Shared,
+    /// Only the guest, through the private view.
+    Private,
+    /// Claimed by a conversion: no new pin, no host access.
+    Transition,
+}
+
+impl PageState {
+    /// All states, in the order of their bits.
+    pub const ALL: [PageState; 4] = [
+        PageState::Undecided,
+        PageState::Shared,
+        PageState::Private,
+        PageState::Transition,
+    ];
+
+    fn bits(self) -> (bool, bool) {
+        match self {
+            PageState::Undecided => (false, false),
+            PageState::Shared => (true, false),
+            PageState::Private => (false, true),
+            PageState::Transition => (true, true),
+        }
+    }
+
+    fn from_bits(shared: bool, private: bool) -> Self {
+        match (shared, private) {
+            (false, false) => PageState::Undecided,
+            (true, false) => PageState::Shared,
+            (false, true) => PageState::Private,
+            (true, true) => PageState::Transition,
+        }
+    }
+
+    /// May the host use the page?
+    pub fn host_may_use(self) -> bool {
+        matches!(self, PageState::Undecided | PageState::Shared)
+    }
+}
+
+impl From<View> for PageState {
+    fn from(view: View) -> Self {
+        match view {
+            View::Shared => PageState::Shared,
+            View::Private => PageState::Private,
+        }
+    }
+}
+
+/// The states of all pages of a backend. 64 MiB for a backend of 1 TiB.
+#[derive(Debug)]
+pub struct PageStates {
+    shared: BitVec<u64, Lsb0>,
+    private: BitVec<u64, Lsb0>,
+    counts: [u64; 4],
+}
+
+impl PageStates {
+    /// States for `pages` pages that are all in state `initial`. Fails where there is no memory for
+    /// the bitmaps.
+    pub fn new(pages: u64, initial: PageState) -> Result<Self, TryReserveError> {
+        let (shared, private) = initial.bits();
+        let mut states = Self {
+            shared: bitmap(pages, shared)?,
+            private: bitmap(pages, private)?,
+            counts: [0; 4],
+        };
+        states.counts[initial as usize] = pages;
+        Ok(states)
+    }
+
+    /// All pages are in state `state` from now on.
+    pub fn set_all(&mut self, state: PageState) {
+        let (shared, private) = state.bits();
+        self.shared.fill(shared);
+        self.private.fill(private);
+        self.counts = [0; 4];
+        self.counts[state as usize] = self.pages();
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.shared.len() as u64
+    }
+
+    /// Number of pages in a state, without a scan.
+    pub fn count(&self, state: PageState) -> u64 {
+        self.counts[state as usize]
+    }
+
+    /// The state of one page.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn get(&self, page: u64) -> PageState {
+        let page = page as usize;
+        PageState::from_bits(self.shared[page], self.private[page])
+    }
+
+    /// Moves a run of pages, all in state `from`, to state `to`.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn set_run(&mut self, run: FilePages, from: PageState, to: PageState) {
+        debug_assert!(
+            self.runs(run).eq([(run, from)]),
+            "{run} is not all {from:?}"
+        );
+        let bits = run.start() as usize..run.end() as usize;
+        let ((old_shared, old_private), (shared, private)) = (from.bits(), to.bits());
+        if old_shared != shared {
+            self.shared[bits.clone()].fill(shared);
+        }
+        if old_private != private {
+            self.private[bits].fill(private);
+        }
+        self.counts[from as usize] -= run.count();
+        self.counts[to as usize] += run.count();
+    }
+
+    /// The longest runs of one state that make up the range, in order.
+    ///
+    /// # Panics
+    /// The iterator, if the range does not lie inside the backend.
+    pub fn runs(&self, range: FilePages) -> impl Iterator<Item = (FilePages, PageState)> + '_ {
+        let mut next = range.start();
+        std::iter::from_fn(move || {
+            let state = self.get((next < range.end()).then_some(next)?);
+            let end = self.run_end(next, state).min(range.end());
+            let run = FilePages::new(next, end)?;
+            next = end;
+            Some((run, state))
+        })
+    }
+
+    /// The first page behind `page` that is not in `state`, which `page` is in. Looks at 64 pages a
+    /// step.
+    fn run_end(&self, page: u64, state: PageState) -> u64 {
+        let (shared, private) = state.bits();
+        let (shared, private) = (flip_for(shared), flip_for(private));
+        let words = self.shared.as_raw_slice().iter();
+        let words = words.zip(self.private.as_raw_slice());
+        let first = page / 64;
+        // Bits before `page` in its word do not end the run.
+        let mut ignore = (1u64 << (page % 64)) - 1;
+        for (index, (s, p)) in (first..).zip(words.skip(first as usize)) {
+            let differs = ((s ^ shared) | (p ^ private)) & !ignore;
+            if differs != 0 {
+                return index * 64 + u64::from(differs.trailing_zeros());
+            }
+            ignore = 0;
+        }
+        self.pages()
+    }
+}
+
+/// What to flip a word with so that bits with this value become zero.
+fn flip_for(value: bool) -> u64 {
+    if value { u64::MAX } else { 0 }
+}
+
+fn bitmap(bits: u64, value: bool) -> Result<BitVec<u64, Lsb0>, TryReserveError> {
+    // More than an address space has is more than can be reserved.
+    let bits = usize::try_from(bits).unwrap_or(usize::MAX);
+    let words = bits.div_ceil(64);
+    // `vec!` takes zeroed words untouched from the allocator, so that a large backend costs memory as
+    // it is used, but it aborts where there is none: ask first.
+    Vec::<u64>::new().try_reserve_exact(words)?;
+    let mut bitmap = BitVec::from_vec(vec![0; words]);
+    bitmap.truncate(bits);
+    if value {
+        bitmap.fill(true);
+    }
+    Ok(bitmap)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 300;
+
+    fn state() -> impl Strategy<Value = PageState> {
+        (0usize..4).prop_map(|i| PageState::ALL[i])
+    }
+
+    proptest! {
+        /// Bitmaps, runs and counters against a plain vector of states.
+        #[test]
+        fn states_match_a_plain_vector(
+            initial in state(),
+            changes in prop::collection::vec((0..PAGES, 1..PAGES, state()), 0..40),
+            (from, length) in (0..PAGES, 1..PAGES),
+        ) {
+            let mut states = PageStates::new(PAGES, initial).unwrap();
+            let mut model = vec![initial; PAGES as usize];
+            for (start, length, to) in changes {
+                let range = FilePages::new(start, (start + length).min(PAGES)).unwrap();
+                let runs: Vec<_> = states.runs(range).collect();
+                for (run, from) in runs {
+                    states.set_run(run, from, to);
+                }
+                model[range.start() as usize..range.end() as usize].fill(to);
+            }
+            for state in PageState::ALL {
+                let expected = model.iter().filter(|s| **s == state).count() as u64;
+                prop_assert_eq!(states.count(state), expected);
+            }
+            let range = FilePages::new(from, (from + length).min(PAGES)).unwrap();
+            let mut page = range.start();
+            let mut before = None;
+            for (run, state) in states.runs(range) {
+                prop_assert_eq!(run.start(), page);
+                prop_assert_ne!(before, Some(state), "runs are as long as they can be");
+                prop_assert!(model[page as usize..run.end() as usize].iter().all(|s| *s == state));
+                (page, before) = (run.end(), Some(state));
+            }
+            prop_assert_eq!(page, range.end());
+        }
+    }
+
+    #[test]
+    fn a_backend_too_large_for_memory_is_an_error() {
+        PageStates::new(1 << 50, PageState::Undecided).unwrap_err();
+    }
+
+    #[test]
+    fn sizes_around_a_word_end_where_they_should() {
+        for pages in [1, 63, 64, 65, 128, 129] {
+            let states = PageStates::new(pages, PageState::Private).unwrap();
+            let all = FilePages::new(0, pages).unwrap();
+            assert!(states.runs(all).eq([(all, PageState::Private)]));
+        }
+    }
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! A VM: its owner, its backends, and where their pages appear.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::addr::{FilePages, GuestPages};
+use crate::backend::{Backend, BackendConfig, BackendId};
+use crate::backing::{Backing, KernelFile, Mode, ViewFile};
+use crate::claim::{Claim, Claims};
+
+use crate::error::{Error, Result};
+use crate::listener::{Level, Listener, Told};
+use crate::owner::Owner;
+use crate::state::{PageState, View};
+use crate::window::{Window, WindowTable};
+
+/// A VM with backends. All functions may be called from any thread.
+///
+/// Locks are held for lookups only, never across a system call; what keeps a range of pages stable
+/// while the kernel works is a [claim](crate::claim).
+pub struct Vm {
+    owner: RwLock<Arc<dyn Owner>>,
+    pub(crate) windows: RwLock<WindowTable>,
+    /// Held while windows are added and removed, system calls included. No conversion takes it.
+    layout: Mutex<()>,
+    backends: RwLock<BTreeMap<BackendId, Arc<Backend>>>,
+    next_backend: AtomicU32,
+    pub(crate) claims: Claims,
+    pub(crate) listener: Box<dyn Listener>,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm")
+            .field("owner", &self.owner)
+            .field("windows", &self.windows)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// A VM without backends.
+    pub fn new(owner: Arc<dyn Owner>, listener: Box<dyn Listener>) -> Self {
+        Self {
+            owner: RwLock::new(owner),
+            windows: RwLock::default(),
+            layout: Mutex::default(),
+            backends: RwLock::default(),
+            next_backend: AtomicU32::new(0),
+            claims: Claims::default(),
+            listener,
+        }
+    }
+
+    pub(crate) fn owner(&self) -> Arc<dyn Owner> {
+        self.owner.read().clone()
+    }
+
+    /// Creates a backend with a guest_memfd and a memfd.
+    pub fn create_backend(&self, config: BackendConfig) -> Result<Arc<Backend>> {
+        // The size is checked before files are created with it.
+        FilePages::from_bytes(0, config.size)?;
+        match config.mode {
+            None | Some(Mode::Private) => self.owner().check_private_memory()?,
+            Some(Mode::Mapped) => {
+                return Err(Error::Unsupported {
+                    wanted: "mode=mapped".into(),
+                    found: "this version has no backing for VMs without private memory".into(),
+                });
+            }
+        }
+        let shared = KernelFile::memfd("guestmemfd-shared", config.size).map_err(|source| {
+            Error::CreateFile {
+                backend: config.name.clone(),
+                view: View::Shared,
+                size: config.size,
+                source,
+            }
+        })?;
+        self.create_backend_over(config, Arc::new(shared))
+    }
+
+    /// Creates a backend whose shared view is a file of the caller's.
+    pub fn create_backend_over(
+        &self,
+        config: BackendConfig,
+        shared: Arc<dyn ViewFile>,
+    ) -> Result<Arc<Backend>> {
+        let private = create_private_file(self.owner().as_ref(), &config)?;
+        let backing = Backing::TwoFiles { private, shared };
+        let id = BackendId(self.next_backend.fetch_add(1, Ordering::Relaxed));
+        let backend = Arc::new(Backend::new(id, config, backing)?);
+        self.backends.write().insert(id, backend.clone());
+        Ok(backend)
+    }
+
+    /// Forgets a backend, which has no windows any more.
+    pub fn remove_backend(&self, backend: &Backend) -> Result<()> {
+        if self.windows.read().shows(backend.id()) {
+            return Err(Error::InUse {
+                what: "a backend cannot be removed",
+                user: "the guest has windows on it",
+            });
+        }
+        let cleared = self.clear_stale_windows();
+        self.backends.write().remove(&backend.id());
+        cleared
+    }
+
+    /// For errors that no return value can carry.
+    pub(crate) fn log_error(&self, error: &Error) {
+        self.listener.log(Level::Error, &error.to_string());
+    }
+
+    /// The backend of a window.
+    pub(crate) fn backend(&self, id: BackendId) -> Option<Arc<Backend>> {
+        self.backends.read().get(&id).cloned()
+    }
+
+    /// Does any window show a part of this range?
+    pub fn owns(&self, guest: GuestPages) -> bool {
+        self.windows.read().owns(guest)
+    }
+
+    /// Shows pages of a backend to the guest and brings the attributes there in line with their
+    /// states. Returns whether the window is bound: it is unless `bindable` forbids it or another
+    /// window of these pages is.
+    pub fn add_window(
+        &self,
+        backend: &Backend,
+        guest: GuestPages,
+        offset: u64,
+        bindable: bool,
+    ) -> Result<bool> {
+        let file = backend.pages_at(offset, guest.bytes())?;
+        let _layout = self.layout.lock();
+        let stale = self.windows.read().stale_in(guest);
+        let _claim = self.claim_layout(
+            stale.iter().map(|w| (w.backend, w.file)),
+            Some((backend, file)),
+        );
+
+        let mut windows = self.windows.write();
+        let bound = bindable && !windows.is_bound(backend.id(), file);
+        let window = Window::new(guest, backend.id(), file.start(), bound)
+            .ok_or_else(|| backend.outside(offset, guest.bytes()))?;
+        windows.add(window)?;
+        let (other, fresh) = windows.take_stale_under(&window);
+        drop(windows);
+
+        let result = self
+            .set_where_private(&other, View::Shared)
+            .and_then(|()| self.set_where_private(&fresh, View::Private));
+        if result.is_err() {
+            self.windows.write().take_back(window, other);
+        }
+        result.map(|()| bound)
+    }
+
+    /// The guest no longer sees this window. Attributes stay until
+    /// [`Vm::clear_stale_windows`], so that a window that comes back unchanged costs nothing.
+    ///
+    /// A conversion under way keeps the attributes of stale windows in line too, so there is nothing
+    /// to wait for.
+    pub fn remove_window(&self, guest: GuestPages) -> Result<()> {
+        let _layout = self.layout.lock();
+        match self.windows.write().remove(guest) {
+            Some(_) => Ok(()),
+            None => Err(Error::NoWindow { guest }),
+        }
+    }
+
+    /// Clears the attributes where windows have been removed and none has come back.
+    pub fn clear_stale_windows(&self) -> Result<()> {
+        let _layout = self.layout.lock();
+        let stale = self.windows.read().stale();
+        if stale.is_empty() {
+            return Ok(());
+        }
+        let _claim = self.claim_layout(stale.iter().map(|w| (w.backend, w.file)), None);
+        self.set_where_private(&stale, View::Shared)?;
+        self.windows.write().forget_stale();
+        Ok(())
+    }
+
+    /// The guest runs under a new owner now, as after a confidential reset. All windows have been
+    /// removed. Every backend gets a new private file, and its pages start over. What was private is
+    /// gone; what was shared survives, as RAM does in any reset, unless pages start private.
+    ///
+    /// If a file cannot be created, nothing has changed. If a shared file cannot be emptied, the
+    /// error comes before any backend starts over.
+    pub fn rebind(&self, owner: Arc<dyn Owner>) -> Result<()> {
+        let backends: Vec<_> = self.backends.read().values().cloned().collect();
+        let told = Told::begin(self.listener.as_ref());
+        let _layout = self.layout.lock();
+        if !self.windows.read().is_empty() {
+            return Err(Error::InUse {
+                what: "a VM cannot get a new owner",
+                user: "the guest has windows",
+            });
+        }
+        let files = backends
+            .iter()
+            .map(|backend| create_private_file(owner.as_ref(), backend.config()))
+            .collect::<Result<Vec<_>>>()?;
+        let all = backends.iter().map(|b| (b.id(), b.pages()));
+        let _claim = self.claim_layout(all, None);
+
+        let mut to_populate = Vec::new();
+        for backend in &backends {
+            let start_private = !backend.config().start.host_may_use();
+            for (pages, state) in backend.state_runs(backend.pages()) {
+                match (state.host_may_use(), start_private) {
+                    // What the host sees survives, as RAM does in any reset.
+                    (true, false) => continue,
+                    (true, true) => told.discard(backend, pages),
+                    (false, false) => to_populate.push((backend, pages)),
+                    (false, true) => {}
+                }
+                backend.punch(pages, View::Shared)?;
+            }
+        }
+        // Their attributes went with the old owner.
+        self.windows.write().forget_stale();
+        *self.owner.write() = owner;
+        for (backend, private) in backends.iter().zip(files) {
+            backend.restart(private);
+        }
+        to_populate
+            .into_iter()
+            .try_for_each(|(backend, pages)| told.populate(backend, pages))
+    }
+
+    /// Sets the attributes of windows where their pages are private. The caller has claimed them.
+    fn set_where_private(&self, windows: &[Window], view: View) -> Result<()> {
+        let owner = self.owner();
+        for window in windows {
+            let Some(backend) = self.backend(window.backend) else {
+                continue;
+            };
+            for (run, state) in backend.state_runs(window.file) {
+                let guest = run.translate(window.file.start(), window.guest.start());
+                if let (PageState::Private, Some(guest)) = (state, guest) {
+                    owner
+                        .set_attributes(guest, view)
+                        .map_err(|source| Error::SetAttributes {
+                            guest,
+                            view,
+                            source,
+                        })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages whose layout changes must not be converted meanwhile. Not interruptible: the user
+    /// cannot take a layout change back.
+    fn claim_layout<'b>(
+        &self,
+        stale: impl Iterator<Item = (BackendId, FilePages)>,
+        new: impl IntoIterator<Item = (&'b Backend, FilePages)>,
+    ) -> Claim<'_> {
+        let new = new.into_iter().map(|(backend, file)| (backend.id(), file));
+        let wanted: Vec<_> = stale.chain(new).collect();
+        loop {
+            if let Ok(claim) = self.claims.claim(&wanted, || false) {
+                return claim;
+            }
+        }
+    }
+}
+
+fn create_private_file(owner: &dyn Owner, config: &BackendConfig) -> Result<Arc<dyn ViewFile>> {
+    owner
+        .create_private_file(config.size)
+        .map_err(|source| Error::CreateFile {
+            backend: config.name.clone(),
+            view: View::Private,
+            size: config.size,
+            source,
+        })
+}

@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Windows: where pages of backends appear in guest physical space. Pure functions over lists; no
+//! system call, no lock.
+//!
+//! A backend may have several windows, and a page may appear in more than one (a low-memory alias,
+//! the shared alias of a software-protected guest). At most one window of a page is *bound*: its
+//! KVM slot carries the guest_memfd, so the private view can be seen through it. The others show
+//! the shared view only.
+
+use crate::addr::{FilePages, GuestPages};
+use crate::backend::BackendId;
+
+/// A range of a backend in guest physical space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Where the guest sees it.
+    pub guest: GuestPages,
+    /// Whose pages.
+    pub backend: BackendId,
+    /// Which pages; as many as in `guest`.
+    pub file: FilePages,
+    /// Does the KVM slot carry the guest_memfd?
+    pub bound: bool,
+}
+
+impl Window {
+    /// A window of `guest.count()` pages from `file_start` on; `None` if they end beyond what a file
+    /// can have.
+    pub fn new(
+        guest: GuestPages,
+        backend: BackendId,
+        file_start: u64,
+        bound: bool,
+    ) -> Option<Self> {
+        let file = guest.translate(guest.start(), file_start)?;
+        Some(Self {
+            guest,
+            backend,
+            file,
+            bound,
+        })
+    }
+
+    /// The part of the window inside a range of guest physical space.
+    fn clip(&self, guest: GuestPages) -> Option<Self> {
+        let guest = self.guest.intersection(guest)?;
+        let file = guest.translate(self.guest.start(), self.file.start())?;
+        Some(Self {
+            guest,
+            file,
+            ..*self
+        })
+    }
+
+    /// Where these pages of the backend appear in this window.
+    fn guest_of(&self, backend: BackendId, file: FilePages) -> Option<GuestPages> {
+        if self.backend != backend {
+            return None;
+        }
+        let file = self.file.intersection(file)?;
+        file.translate(self.file.start(), self.guest.start())
+    }
+
+    /// Would this window show the same pages at the same addresses, as far as the two overlap?
+    fn same_mapping(&self, other: &Self) -> bool {
+        self.backend == other.backend
+            && self.guest.start().wrapping_sub(self.file.start())
+                == other.guest.start().wrapping_sub(other.file.start())
+    }
+}
+
+/// What a part of guest physical space shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Pages of a backend: the window, cut to the range that was asked for.
+    Window(Window),
+    /// Nothing of ours.
+    Gap(GuestPages),
+}
+
+/// A window where there is one already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("window at {wanted} overlaps the window at {present}")]
+pub struct Overlap {
+    /// Where a window was to be.
+    pub wanted: GuestPages,
+    /// Where one is.
+    pub present: GuestPages,
+}
+
+/// The windows of a VM, sorted by guest address.
+///
+/// Attributes outlive a removed window until [`WindowTable::forget_stale`]: QEMU removes and adds the
+/// same windows again whenever the memory layout around them changes.
+#[derive(Debug, Default)]
+pub struct WindowTable {
+    windows: Vec<Window>,
+    stale: Vec<Stale>,
+}
+
+/// A window that the guest no longer sees.
+#[derive(Clone, Copy, Debug)]
+struct Stale {
+    window: Window,
+    /// Do the attributes follow the pages? Not where setting them has failed.
+    in_line: bool,
+}
+
+impl WindowTable {
+    /// No window left?
+    pub fn is_empty(&self) -> bool {
+        self.windows.is_empty()
+    }
+
+    /// Does the guest see any page of this backend?
+    pub fn shows(&self, backend: BackendId) -> bool {
+        self.windows.iter().any(|w| w.backend == backend)
+    }
+
+    /// Can a window be put here?
+    pub fn check_free(&self, guest: GuestPages) -> Result<(), Overlap> {
+        match self.overlapping(guest).first() {
+            None => Ok(()),
+            Some(present) => Err(Overlap {
+                wanted: guest,
+                present: present.guest,
+            }),
+        }
+    }
+
+    /// Is one of these pages shown by a bound window?
+    pub fn is_bound(&self, backend: BackendId, file: FilePages) -> bool {
+        self.windows
+            .iter()
+            .any(|w| w.bound && w.guest_of(backend, file).is_some())
+    }
+
+    /// Adds a window.
+    pub fn add(&mut self, window: Window) -> Result<(), Overlap> {
+        self.check_free(window.guest)?;
+        let at = self.windows.partition_point(|w| w.guest < window.guest);
+        self.windows.insert(at, window);
+        Ok(())
+    }
+
+    /// Removes the window of exactly this range. Its attributes are stale from now on.
+    pub fn remove(&mut self, guest: GuestPages) -> Option<Window> {
+        let at = self
+            .windows
+            .binary_search_by_key(&guest, |w| w.guest)
+            .ok()?;
+        let window = self.windows.remove(at);
+        self.stale.push(Stale {
+            window,
+            in_line: true,
+        });
+        Some(window)
+    }
+
+    /// Takes back what [`WindowTable::add`] and [`WindowTable::take_stale_under`] did, after
+    /// attributes could not be set.
+    pub fn take_back(&mut self, window: Window, other: Vec<Window>) {
+        self.windows.retain(|w| *w != window);
+        let windows = other.into_iter().chain([window]);
+        self.stale.extend(windows.map(|window| Stale {
+            window,
+            in_line: false,
+        }));
+    }
+
+    /// Does any window show a part of this range?
+    pub fn owns(&self, guest: GuestPages) -> bool {
+        !self.overlapping(guest).is_empty()
+    }
+
+    /// Cuts a range of guest physical space along windows and gaps, in order.
+    pub fn resolve(&self, guest: GuestPages) -> impl Iterator<Item = Part> + '_ {
+        let mut next = guest.start();
+        let mut windows = self.overlapping(guest).iter();
+        let mut window = windows.next();
+        std::iter::from_fn(move || {
+            let here = window.and_then(|w| w.clip(guest));
+            let end = here.map_or(guest.end(), |w| w.guest.start());
+            if let Some(gap) = GuestPages::new(next, end) {
+                next = end;
+                return Some(Part::Gap(gap));
+            }
+            let here = here?;
+            next = here.guest.end();
+            window = windows.next();
+            Some(Part::Window(here))
+        })
+    }
+
+    /// Every place in guest physical space whose attributes follow these pages, stale ones too.
+    pub fn places(&self, backend: BackendId, file: FilePages) -> Vec<GuestPages> {
+        let stale = self.stale.iter().map(|stale| &stale.window);
+        self.windows
+            .iter()
+            .chain(stale)
+            .filter_map(|w| w.guest_of(backend, file))
+            .collect()
+    }
+
+    /// What is stale in a range of guest physical space.
+    pub fn stale_in(&self, guest: GuestPages) -> Vec<Window> {
+        let stale = self.stale.iter();
+        stale.filter_map(|s| s.window.clip(guest)).collect()
+    }
+
+    /// All that is stale.
+    pub fn stale(&self) -> Vec<Window> {
+        self.stale.iter().map(|stale| stale.window).collect()
+    }
+
+    /// Removes what is stale under a window that is about to be added. Returns the stale parts that
+    /// showed other pages or are not in line, whose attributes are to be cleared, and the parts of
+    /// the window whose attributes do not follow its pages yet.
+    pub fn take_stale_under(&mut self, window: &Window) -> (Vec<Window>, Vec<Window>) {
+        let mut other = Vec::new();
+        let mut fresh = vec![*window];
+        for stale in std::mem::take(&mut self.stale) {
+            let rests = stale.window.guest.minus(window.guest).into_iter().flatten();
+            self.stale.extend(rests.filter_map(|rest| {
+                let window = stale.window.clip(rest)?;
+                Some(Stale { window, ..stale })
+            }));
+            let Some(part) = stale.window.clip(window.guest) else {
+                continue;
+            };
+            if !stale.in_line || !part.same_mapping(window) {
+                other.push(part);
+                continue;
+            }
+            fresh = fresh
+                .iter()
+                .flat_map(|w| w.guest.minus(part.guest).map(|g| w.clip(g?)))
+                .flatten()
+                .collect();
+        }
+        (other, fresh)
+    }
+
+    /// Forgets what is stale: its attributes have been cleared, or are gone with their owner.
+    pub fn forget_stale(&mut self) {
+        self.stale.clear();
+    }
+
+    fn overlapping(&self, guest: GuestPages) -> &[Window] {
+        let from = self
+            .windows
+            .partition_point(|w| w.guest.end() <= guest.start());
+        let to = self
+            .windows
+            .partition_point(|w| w.guest.start() < guest.end());
+        &self.windows[from..to.max(from)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const RAM: BackendId = BackendId(1);
+    const DIMM: BackendId = BackendId(2);
+
+    fn guest(start: u64, end: u64) -> GuestPages {
+        GuestPages::new(start, end).unwrap()
+    }
+
+    fn file(start: u64, end: u64) -> FilePages {
+        FilePages::new(start, end).unwrap()
+    }
+
+    fn window(start: u64, end: u64, backend: BackendId, file_start: u64) -> Window {
+        Window::new(guest(start, end), backend, file_start, true).unwrap()
+    }
+
+    /// Two windows of one backend with a gap between, another backend behind, and an alias.
+    fn table() -> WindowTable {
+        let mut table = WindowTable::default();
+        for w in [
+            window(300, 340, DIMM, 0),
+            window(0, 100, RAM, 0),
+            window(200, 300, RAM, 100),
+            Window {
+                bound: false,
+                ..window(1000, 1100, RAM, 0)
+            },
+        ] {
+            table.add(w).unwrap();
+        }
+        table
+    }
+
+    #[test]
+    fn a_request_is_cut_along_windows_and_gaps() {
+        let table = table();
+        let parts: Vec<_> = table.resolve(guest(90, 310)).collect();
+        assert_eq!(
+            parts,
+            [
+                Part::Window(window(90, 100, RAM, 90)),
+                Part::Gap(guest(100, 200)),
+                Part::Window(window(200, 300, RAM, 100)),
+                Part::Window(window(300, 310, DIMM, 0)),
+            ]
+        );
+        let gap = guest(100, 200);
+        assert!(table.resolve(gap).eq([Part::Gap(gap)]));
+    }
+
+    #[test]
+    fn attributes_go_to_every_place_a_page_appears_at() {
+        let table = table();
+        assert_eq!(
+            table.places(RAM, file(95, 105)),
+            [guest(95, 100), guest(200, 205), guest(1095, 1100)]
+        );
+        assert!(table.is_bound(RAM, file(0, 1)));
+        assert!(!table.is_bound(DIMM, file(40, 41)));
+    }
+
+    #[test]
+    fn overlapping_windows_are_refused() {
+        let mut table = table();
+        let error = table.add(window(99, 101, DIMM, 5)).unwrap_err();
+        assert_eq!(error.present, guest(0, 100));
+    }
+
+    #[test]
+    fn only_the_exact_window_is_removed() {
+        let mut table = table();
+        assert!(table.remove(guest(0, 99)).is_none());
+        assert!(table.remove(guest(0, 100)).is_some());
+        assert!(!table.owns(guest(0, 200)));
+    }
+
+    #[test]
+    fn a_window_that_comes_back_unchanged_needs_no_attributes() {
+        let mut table = table();
+        table.remove(guest(0, 100));
+        let back = window(0, 100, RAM, 0);
+        assert_eq!(table.take_stale_under(&back), (vec![], vec![]));
+        assert!(table.stale().is_empty());
+    }
+
+    #[test]
+    fn a_window_that_comes_back_with_a_hole_leaves_the_hole_stale() {
+        let mut table = table();
+        table.remove(guest(0, 100));
+        assert_eq!(
+            table.take_stale_under(&window(0, 40, RAM, 0)),
+            (vec![], vec![])
+        );
+        assert_eq!(
+            table.take_stale_under(&window(50, 100, RAM, 50)),
+            (vec![], vec![])
+        );
+        assert_eq!(table.stale(), [window(40, 50, RAM, 40)]);
+    }
+
+    #[test]
+    fn a_window_that_was_taken_back_starts_from_clear_attributes() {
+        let mut table = table();
+        table.remove(guest(0, 100));
+        let new = window(0, 100, DIMM, 0);
+        let (other, _) = table.take_stale_under(&new);
+        table.add(new).unwrap();
+        table.take_back(new, other.clone());
+        let (other_again, fresh) = table.take_stale_under(&new);
+        assert_eq!(other_again, [other, vec![new]].concat());
+        assert_eq!(fresh, [new]);
+    }
+
+    #[test]
+    fn other_pages_at_an_old_place_need_their_own_attributes() {
+        let mut table = table();
+        table.remove(guest(0, 100));
+        let new = window(90, 120, DIMM, 0);
+        let (other, fresh) = table.take_stale_under(&new);
+        assert_eq!(other, [window(90, 100, RAM, 90)]);
+        assert_eq!(fresh, [new]);
+    }
+
+    proptest! {
+        /// Lookup against a plain search of every window for every page, for windows that were
+        /// offered in any order, some of them overlapping.
+        #[test]
+        fn resolve_matches_a_search_page_by_page(
+            offered in prop::collection::vec((0u64..200, 1u64..40, 0u64..50), 0..12),
+            (from, length) in (0u64..220, 1u64..60),
+        ) {
+            let mut table = WindowTable::default();
+            let mut model: Vec<Window> = Vec::new();
+            for (start, length, file_start) in offered {
+                let w = window(start, start + length, RAM, file_start);
+                let free = model.iter().all(|m| !m.guest.overlaps(w.guest));
+                prop_assert_eq!(table.add(w).is_ok(), free);
+                if free { model.push(w); }
+            }
+            let asked = guest(from, from + length);
+            let mut next = asked.start();
+            for part in table.resolve(asked) {
+                let pages = match part { Part::Window(w) => w.guest, Part::Gap(g) => g };
+                prop_assert_eq!(pages.start(), next);
+                next = pages.end();
+                for page in pages.start()..pages.end() {
+                    let expected = model.iter().find(|m| m.guest.contains(page))
+                        .map(|m| page - m.guest.start() + m.file.start());
+                    let found = match part {
+                        Part::Window(w) => Some(page - w.guest.start() + w.file.start()),
+                        Part::Gap(_) => None,
+                    };
+                    prop_assert_eq!(found, expected);
+                }
+            }
+            prop_assert_eq!(next, asked.end());
+        }
+    }
+}

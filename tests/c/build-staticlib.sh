@@ -1,0 +1,8 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Builds the static library with cargo and puts it where meson wants it.
+set -eu
+source=$1 target=$2 output=$3
+cargo build --locked --release --quiet --package guestmemfd \
+    --manifest-path "$source/Cargo.toml" --target-dir "$target"
+cp "$target/release/libguestmemfd.a" "$output"

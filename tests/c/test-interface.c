@@ -1,0 +1,366 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The C interface as a C program meets it, over the software owner, and over
+ * this machine's KVM as far as that goes. Prints TAP.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <linux/kvm.h>
+
+#include "guestmemfd.h"
+
+#define PAGE 4096ull
+#define MIB (1024 * 1024ull)
+#define SIZE (8 * MIB)
+
+static int tests, failures;
+
+static void check(bool ok, const char *what)
+{
+    tests++;
+    failures += !ok;
+    printf("%sok %d - %s\n", ok ? "" : "not ", tests, what);
+}
+
+/* What the callbacks saw. */
+static struct {
+    int begun, ended, populated, discarded, gaps, logged;
+    int populate_answer;
+    int gap_answer;
+    void *backend_opaque;
+} seen;
+
+static bool on_begin(void *opaque)
+{
+    seen.begun++;
+    return *(bool *)opaque;
+}
+
+static void on_end(void *opaque, bool listeners)
+{
+    seen.ended += listeners == *(bool *)opaque;
+}
+
+static int32_t on_populate(void *backend_opaque, uint64_t offset, uint64_t size)
+{
+    (void)offset;
+    (void)size;
+    seen.populated++;
+    seen.backend_opaque = backend_opaque;
+    return seen.populate_answer;
+}
+
+static void on_discard(void *backend_opaque, uint64_t offset, uint64_t size)
+{
+    (void)offset;
+    (void)size;
+    seen.discarded++;
+    seen.backend_opaque = backend_opaque;
+}
+
+static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, bool to_private)
+{
+    (void)opaque;
+    (void)gpa;
+    (void)size;
+    seen.gaps++;
+    return to_private ? -EINVAL : seen.gap_answer;
+}
+
+static void on_log(void *opaque, uint32_t level, const char *message)
+{
+    (void)opaque;
+    (void)level;
+    seen.logged += strlen(message) > 0;
+}
+
+static bool listeners = true;
+
+static const guestmemfd_callbacks callbacks = {
+    .opaque = &listeners,
+    .begin = on_begin,
+    .end = on_end,
+    .populate = on_populate,
+    .discard = on_discard,
+    .gap = on_gap,
+    .log = on_log,
+};
+
+static guestmemfd_vm *software_vm(void)
+{
+    guestmemfd_error error;
+    guestmemfd_vm *vm = NULL;
+
+    if (guestmemfd_vm_new_software(GUESTMEMFD_ABI, &callbacks, &vm, &error)) {
+        printf("Bail out! %s\n", error.message);
+        exit(1);
+    }
+    return vm;
+}
+
+static guestmemfd_backend *new_backend(guestmemfd_vm *vm, const char *id)
+{
+    guestmemfd_backend_config config = { .id = id, .size = SIZE, .opaque = &seen };
+    guestmemfd_backend *backend = NULL;
+    guestmemfd_error error;
+
+    if (guestmemfd_backend_new(vm, &config, &backend, &error)) {
+        printf("Bail out! %s\n", error.message);
+        exit(1);
+    }
+    return backend;
+}
+
+static guestmemfd_stats stats_of(guestmemfd_backend *backend)
+{
+    guestmemfd_stats stats;
+
+    if (guestmemfd_backend_stats(backend, &stats)) {
+        printf("Bail out! no statistics\n");
+        exit(1);
+    }
+    return stats;
+}
+
+static uint64_t allocated(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) ? UINT64_MAX : (uint64_t)st.st_blocks * 512;
+}
+
+static void test_arguments(void)
+{
+    guestmemfd_error error;
+    guestmemfd_vm *vm = NULL;
+    guestmemfd_backend *backend = NULL;
+    guestmemfd_backend_config config = { .id = "ram", .size = SIZE };
+    guestmemfd_callbacks no_gap = callbacks;
+    bool bound;
+
+    check(guestmemfd_abi() == GUESTMEMFD_ABI, "header and library agree on the ABI");
+    check(guestmemfd_vm_new_software(GUESTMEMFD_ABI + 1, &callbacks, &vm, &error)
+              == -EINVAL && strstr(error.message, "rebuild") && !vm,
+          "another ABI is refused with the remedy");
+    check(guestmemfd_vm_new_software(GUESTMEMFD_ABI, NULL, &vm, &error) == -EINVAL
+              && error.code == EINVAL && strstr(error.message, "callbacks"),
+          "NULL callbacks are refused by name");
+    no_gap.gap = NULL;
+    check(guestmemfd_vm_new_software(GUESTMEMFD_ABI, &no_gap, &vm, &error) == -EINVAL
+              && strstr(error.message, "gap"),
+          "callbacks without gap are refused by name");
+    check(guestmemfd_vm_new(GUESTMEMFD_ABI, -1, -1, &callbacks, &vm, &error) == -EINVAL
+              && strstr(error.message, "kvm_fd"),
+          "descriptor -1 is refused by name");
+    check(guestmemfd_vm_new_software(GUESTMEMFD_ABI, &callbacks, NULL, NULL) == -EINVAL,
+          "no error struct is fine");
+
+    vm = software_vm();
+    config.size = 0;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "size 0"), "size 0 is refused");
+    config.size = SIZE + 1;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "0x800001"), "an unaligned size is refused with the size");
+    config.size = SIZE;
+    config.mode = 77;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "mode 77"), "an unknown mode is refused");
+    config.mode = GUESTMEMFD_MODE_MAPPED;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EOPNOTSUPP
+              && strstr(error.message, "mode=mapped"), "mapped mode is refused by name");
+    config.mode = GUESTMEMFD_MODE_AUTO;
+    config.discard = 77;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "policy 77"), "an unknown policy is refused");
+    config.discard = GUESTMEMFD_DISCARD_NOW;
+    config.id = NULL;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "config.id"), "no id is refused");
+    check(guestmemfd_backend_new(NULL, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "vm"), "no VM is refused");
+    config.id = "ram";
+    config.size = 1ull << 62;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) < 0,
+          "a size beyond all memory is an error");
+    check(!backend, "nothing was created");
+
+    backend = new_backend(vm, "ram");
+    check(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 4, &bound, &error) == -EINVAL
+              && strstr(error.message, "0x4"), "unknown window flags are refused");
+    check(guestmemfd_vm_add_window(vm, backend, 0, PAGE, SIZE, 0, &bound, &error) == -EINVAL
+              && strstr(error.message, "ram"), "a window past the end is refused by name");
+    check(guestmemfd_vm_add_window(vm, backend, 0, UINT64_MAX - PAGE + 1, PAGE, 0, &bound,
+                                   &error) == -EINVAL, "a wrapping offset is refused");
+    check(guestmemfd_vm_remove_window(vm, 0, SIZE, &error) == -ENOENT,
+          "a window that is not there cannot be removed");
+    check(guestmemfd_backend_discard(backend, SIZE, PAGE, &error) == -EINVAL,
+          "a discard past the end is refused");
+    check(!guestmemfd_backend_is_populated(backend, SIZE - 1, 2),
+          "what lies past the end is not populated");
+    check(guestmemfd_backend_private_fd(NULL) == -1, "no backend, no descriptor");
+    guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+    guestmemfd_backend_free(NULL);
+    guestmemfd_vm_free(NULL);
+}
+
+static void test_conversions(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend *backend = new_backend(vm, "ram");
+    int shared = guestmemfd_backend_shared_fd(backend);
+    bool bound = false, alias_bound = true;
+    guestmemfd_error error;
+    guestmemfd_stats stats;
+    char *host;
+
+    host = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, shared, 0);
+    memset(host, 0x5a, 4 * PAGE);
+    check(fcntl(guestmemfd_backend_private_fd(backend), F_GETFD) == FD_CLOEXEC,
+          "the private file is closed on exec");
+    check(!guestmemfd_vm_owns(vm, 0, UINT64_MAX), "no window, nothing owned");
+    check(!guestmemfd_vm_add_window(vm, backend, MIB, 0, SIZE, 0, &bound, &error) && bound,
+          "the first window is bound");
+    check(!guestmemfd_vm_add_window(vm, backend, 1024 * MIB, 0, SIZE, 0, &alias_bound, &error)
+              && !alias_bound, "a second window of the same pages is not");
+    check(guestmemfd_vm_add_window(vm, backend, MIB + PAGE, 0, PAGE, 0, &bound, &error)
+              == -EEXIST, "two windows cannot overlap");
+    check(guestmemfd_vm_owns(vm, 0, UINT64_MAX) && guestmemfd_vm_owns(vm, MIB, 0)
+              && !guestmemfd_vm_owns(vm, 0, PAGE), "owns tells windows from the rest");
+
+    memset(&seen, 0, sizeof(seen));
+    check(!guestmemfd_vm_map_gpa_range(vm, MIB, 4, 1 << 4, &error), "to private by hypercall");
+    check(seen.begun == 1 && seen.ended == 1 && seen.discarded == 1
+              && seen.backend_opaque == &seen, "listeners were told to let go");
+    check(allocated(shared) == 0, "the shared view was freed");
+    check(!guestmemfd_backend_is_populated(backend, 4 * PAGE - 1, 1)
+              && guestmemfd_backend_is_populated(backend, 4 * PAGE, PAGE),
+          "the host may use what is not private");
+    check(!guestmemfd_vm_map_gpa_range(vm, MIB, 4, 1 << 4, &error) && seen.begun == 1,
+          "what is private already stays so, unseen");
+    check(guestmemfd_vm_map_gpa_range(vm, MIB, 1, 1 << 5, &error) == -EINVAL
+              && guestmemfd_vm_map_gpa_range(vm, MIB, 0, 0, &error) == -EINVAL
+              && guestmemfd_vm_map_gpa_range(vm, MIB + 1, 1, 0, &error) == -EINVAL
+              && guestmemfd_vm_map_gpa_range(vm, MIB, UINT64_MAX, 0, &error) == -EINVAL,
+          "bad hypercalls get EINVAL");
+    check(guestmemfd_vm_map_gpa_range(vm, 0, 512, 1 << 4, &error) == -EINVAL && seen.gaps == 1,
+          "private over a gap is refused");
+    check(guestmemfd_vm_map_gpa_range(vm, 1024 * MIB, 1, 1 << 4, &error) == -EINVAL
+              && strstr(error.message, "bound"), "private through an unbound window is refused");
+    seen.populate_answer = -ENOMEM;
+    check(guestmemfd_vm_memory_fault(vm, MIB, PAGE, false, &error) == -ENOMEM
+              && !guestmemfd_backend_is_populated(backend, 0, PAGE),
+          "a listener that cannot map keeps the page private");
+    seen.populate_answer = 0;
+    check(!guestmemfd_vm_memory_fault(vm, 1024 * MIB, PAGE, true, &error)
+              && guestmemfd_backend_is_populated(backend, 0, PAGE),
+          "a fault through an unbound window asks for the shared view");
+    check(host[0] == 0 && host[4 * PAGE] == 0, "the page comes back empty");
+
+    stats = stats_of(backend);
+    check(stats.size == SIZE && stats.private_bytes == 3 * PAGE && stats.shared_bytes == PAGE
+              && stats.undecided_bytes == SIZE - 4 * PAGE && !stats.transition_bytes,
+          "bytes per state add up");
+    check(stats.hypercalls == 7 && stats.faults_shared == 2 && stats.faults_private == 0
+              && stats.conversions_to_private == 1 && stats.conversions_to_shared == 1,
+          "requests are counted");
+    check(stats.mode == GUESTMEMFD_MODE_PRIVATE && stats.discard == GUESTMEMFD_DISCARD_NOW,
+          "mode and policy are told");
+
+    host[5 * PAGE] = 1;
+    check(!guestmemfd_backend_discard(backend, 0, SIZE, &error) && allocated(shared) == 0
+              && stats_of(backend).undecided_bytes == SIZE,
+          "a discard frees all and leaves pages undecided");
+    check(guestmemfd_vm_rebind(vm, -1, -1, &error) == -EINVAL, "rebind checks descriptors");
+    check(!guestmemfd_vm_remove_window(vm, MIB, SIZE, &error)
+              && !guestmemfd_vm_remove_window(vm, 1024 * MIB, SIZE, &error)
+              && !guestmemfd_vm_commit_windows(vm, &error), "windows go");
+    munmap(host, SIZE);
+    guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+}
+
+static void *flip(void *opaque)
+{
+    guestmemfd_vm *vm = opaque;
+
+    for (int i = 0; i < 200; i++) {
+        uint64_t gpa = (uint64_t)(i % 7) * PAGE;
+
+        if (guestmemfd_vm_map_gpa_range(vm, gpa, 3, (i & 1) << 4, NULL)) {
+            return opaque;
+        }
+    }
+    return NULL;
+}
+
+static void test_threads(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend *backend = new_backend(vm, "ram");
+    pthread_t threads[4];
+    bool bound, ok = true;
+    guestmemfd_stats stats;
+
+    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, NULL);
+    for (int i = 0; i < 4; i++) {
+        ok &= !pthread_create(&threads[i], NULL, flip, vm);
+    }
+    for (int i = 0; i < 4; i++) {
+        void *failed;
+
+        ok &= !pthread_join(threads[i], &failed) && !failed;
+    }
+    stats = stats_of(backend);
+    check(ok && stats.transition_bytes == 0
+              && stats.undecided_bytes + stats.shared_bytes + stats.private_bytes == SIZE,
+          "four threads convert the same pages");
+    guestmemfd_vm_remove_window(vm, 0, SIZE, NULL);
+    guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+}
+
+static void test_kvm(void)
+{
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    int vm_fd = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
+    guestmemfd_backend_config config = { .id = "ram", .size = SIZE };
+    guestmemfd_backend *backend = NULL;
+    guestmemfd_vm *vm = NULL;
+    guestmemfd_error error = { .code = 0 };
+
+    if (vm_fd < 0) {
+        printf("ok %d - ordinary VMs # SKIP no KVM here: %s\n", ++tests, strerror(errno));
+        return;
+    }
+    check(!guestmemfd_vm_new(GUESTMEMFD_ABI, kvm, vm_fd, &callbacks, &vm, &error),
+          "a VM of KVM is accepted");
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EOPNOTSUPP && !backend
+              && (strstr(error.message, "no guest_memfd") || strstr(error.message, "VM's type")),
+          "a VM without private memory is refused with the reason");
+    guestmemfd_vm_free(vm);
+    check(fcntl(vm_fd, F_GETFD) >= 0, "the caller keeps its descriptors");
+    close(vm_fd);
+    close(kvm);
+}
+
+int main(void)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    test_arguments();
+    test_conversions();
+    test_threads();
+    test_kvm();
+    printf("1..%d\n", tests);
+    return failures != 0;
+}
