@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The way in, and the order of events.
+
+use crate::plan::{self, Plan};
+use crate::{apic, cpu, fwcfg, interrupts, memmap, paging, scenarios, serial, smp, tap};
+use guestmemfd_guest::cmdline::Options;
+
+/// Bytes of stack of a CPU.
+pub(crate) const STACK_SIZE: usize = 32 << 10;
+
+/// The stacks of all CPUs.
+#[repr(C, align(4096))]
+pub(crate) struct Stacks(core::cell::UnsafeCell<[[u8; STACK_SIZE]; cpu::MAX_CPUS]>);
+
+// SAFETY: every CPU uses its own stack only, and Rust code never names the contents.
+unsafe impl Sync for Stacks {}
+
+pub(crate) static STACKS: Stacks = Stacks(core::cell::UnsafeCell::new(
+    [[0; STACK_SIZE]; cpu::MAX_CPUS],
+));
+
+#[cfg(panic = "abort")]
+core::arch::global_asm!(
+    include_str!("boot.s"),
+    max_cpus = const cpu::MAX_CPUS,
+    stack_size = const STACK_SIZE,
+    stacks = sym STACKS,
+    boot_cpu = sym boot_cpu,
+    other_cpu = sym smp::other_cpu,
+    options(att_syntax)
+);
+
+#[cfg(panic = "abort")]
+core::arch::global_asm!(include_str!("mem.s"), options(att_syntax));
+
+/// Where the boot CPU arrives from `boot.s`.
+pub(crate) extern "C" fn boot_cpu(_cpu: u32, start_info: u32) -> ! {
+    serial::init();
+    tap::start();
+    interrupts::init(0);
+    // SAFETY: the loader put this address into %ebx.
+    let map = unsafe { memmap::Map::from_start_info(start_info) };
+    let options = match Options::parse(map.command_line()) {
+        Ok(options) => options,
+        Err(error) => tap::bail_out(format_args!("{error}")),
+    };
+    paging::init();
+    apic::init();
+    apic::start_watchdog(options.timeout);
+
+    if let Err(error) = fwcfg::probe() {
+        tap::bail_out(format_args!("{error}"));
+    }
+    smp::start_others();
+    let plan = match Plan::new(options, &map) {
+        Ok(plan) => plan,
+        Err(error) => tap::bail_out(format_args!("{error}")),
+    };
+    plan.announce();
+    let success = scenarios::run_all(plan::publish(plan));
+    tap::end();
+    cpu::finish(success)
+}

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The command line: words of the form `key=value`.
+
+use core::fmt;
+use core::num::ParseIntError;
+
+/// What the guest does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scenario {
+    /// Starts every CPU, and ends.
+    Idle,
+    /// Conversions by hypercall.
+    Hypercall,
+    /// Conversions by touching memory.
+    Fault,
+    /// Requests that must be refused.
+    Bad,
+}
+
+impl Scenario {
+    /// All of them, in the order in which they run.
+    pub const ALL: [Self; 4] = [Self::Idle, Self::Hypercall, Self::Fault, Self::Bad];
+
+    /// The name on the command line and in the report.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Hypercall => "hypercall",
+            Self::Fault => "fault",
+            Self::Bad => "bad",
+        }
+    }
+}
+
+/// What the command line asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    selected: [bool; Scenario::ALL.len()],
+    /// How many CPUs take part; all if absent.
+    pub smp: Option<usize>,
+    /// The guest physical address bit that selects the shared view.
+    pub shared_bit: Option<u32>,
+    /// The first guest physical address of strict mode. By default it spares all that firmware uses.
+    pub strict_from: u64,
+    /// Start of the pseudo-random sequences.
+    pub seed: u64,
+    /// Seconds after which the guest gives up.
+    pub timeout: u64,
+    /// Whether the hypervisor frees the view that a page has left. If not, a page may read as it
+    /// did when it was last in the view that it enters.
+    pub discards: bool,
+}
+
+/// Why a command line cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Error<'a> {
+    /// No scenario was named.
+    NoScenario,
+    /// A scenario that does not exist.
+    UnknownScenario(&'a str),
+    /// A word whose key means nothing here.
+    UnknownWord(&'a str),
+    /// A value that is no number, or not a sensible one.
+    Value {
+        /// The word that holds the value.
+        word: &'a str,
+        /// What would work.
+        wanted: &'static str,
+    },
+    /// `scenario=fault` without a shared bit.
+    FaultNeedsSharedBit,
+}
+
+impl fmt::Display for Error<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoScenario => write!(f, "the command line names no scenario: add scenario=")?,
+            Self::UnknownScenario(name) => {
+                write!(f, "there is no scenario '{name}': use scenario=")?
+            }
+            Self::UnknownWord(word) => {
+                return write!(
+                    f,
+                    "'{word}' is unknown: use scenario=, smp=, shared-bit=, strict-from=, seed=, \
+                     timeout= or discard="
+                );
+            }
+            Self::Value { word, wanted } => {
+                return write!(f, "'{word}' does not work: use {wanted}");
+            }
+            Self::FaultNeedsSharedBit => {
+                return write!(
+                    f,
+                    "scenario=fault needs shared-bit=N, as given to sw-protected-guest"
+                );
+            }
+        }
+        for scenario in Scenario::ALL {
+            write!(f, "{},", scenario.name())?;
+        }
+        write!(f, "all")
+    }
+}
+
+impl core::error::Error for Error<'_> {}
+
+impl Options {
+    /// Reads a command line.
+    ///
+    /// # Errors
+    ///
+    /// Every word must be understood, and a scenario must be named.
+    pub fn parse(line: &str) -> Result<Self, Error<'_>> {
+        let mut options = Self {
+            selected: [false; Scenario::ALL.len()],
+            smp: None,
+            shared_bit: None,
+            strict_from: 4 << 30,
+            seed: 1,
+            timeout: 120,
+            discards: true,
+        };
+        let mut all = false;
+        for word in line.split_ascii_whitespace() {
+            let (key, value) = word.split_once('=').ok_or(Error::UnknownWord(word))?;
+            match key {
+                "scenario" => all |= options.select(value)?,
+                "smp" => {
+                    options.smp =
+                        Some(number(word, value, 1..=256, "a number from 1 to 256")? as usize)
+                }
+                "shared-bit" => {
+                    options.shared_bit =
+                        Some(number(word, value, 32..=38, "a number from 32 to 38")? as u32);
+                }
+                "strict-from" => {
+                    options.strict_from = number(word, value, 0..=u64::MAX, "an address")?;
+                }
+                "seed" => options.seed = number(word, value, 0..=u64::MAX, "a number")?,
+                "timeout" => {
+                    options.timeout = number(word, value, 1..=86_400, "seconds, up to 86400")?
+                }
+                "discard" => options.discards = discards(word, value)?,
+                _ => return Err(Error::UnknownWord(word)),
+            }
+        }
+        if all {
+            options.selected = [true; Scenario::ALL.len()];
+            options.selected[Scenario::Fault as usize] = options.shared_bit.is_some();
+        }
+        if options.selected == [false; Scenario::ALL.len()] {
+            return Err(Error::NoScenario);
+        }
+        if options.runs(Scenario::Fault) && options.shared_bit.is_none() {
+            return Err(Error::FaultNeedsSharedBit);
+        }
+        Ok(options)
+    }
+
+    /// Was this scenario asked for?
+    #[must_use]
+    pub fn runs(&self, scenario: Scenario) -> bool {
+        self.selected[scenario as usize]
+    }
+
+    /// Returns whether `all` was among the names.
+    fn select<'a>(&mut self, names: &'a str) -> Result<bool, Error<'a>> {
+        let mut all = false;
+        for name in names.split(',') {
+            if name == "all" {
+                all = true;
+                continue;
+            }
+            let scenario = Scenario::ALL.into_iter().find(|each| each.name() == name);
+            let scenario = scenario.ok_or(Error::UnknownScenario(name))?;
+            self.selected[scenario as usize] = true;
+        }
+        Ok(all)
+    }
+}
+
+fn number<'a>(
+    word: &'a str,
+    value: &str,
+    allowed: core::ops::RangeInclusive<u64>,
+    wanted: &'static str,
+) -> Result<u64, Error<'a>> {
+    let parsed: Result<u64, ParseIntError> = match value.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => value.parse(),
+    };
+    match parsed {
+        Ok(number) if allowed.contains(&number) => Ok(number),
+        _ => Err(Error::Value { word, wanted }),
+    }
+}
+
+fn discards<'a>(word: &'a str, value: &str) -> Result<bool, Error<'a>> {
+    match value {
+        "now" | "coalesced" => Ok(true),
+        "keep" => Ok(false),
+        _ => Err(Error::Value {
+            word,
+            wanted: "the backend's property: now, coalesced or keep",
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn selected(line: &str) -> Vec<&'static str> {
+        let options = Options::parse(line).unwrap();
+        Scenario::ALL
+            .into_iter()
+            .filter(|&scenario| options.runs(scenario))
+            .map(Scenario::name)
+            .collect()
+    }
+
+    #[test]
+    fn scenarios() {
+        assert_eq!(selected("scenario=idle"), ["idle"]);
+        assert_eq!(
+            selected(" scenario=bad,hypercall  smp=2"),
+            ["hypercall", "bad"]
+        );
+        assert_eq!(selected("scenario=all"), ["idle", "hypercall", "bad"]);
+        assert_eq!(
+            selected("scenario=all shared-bit=38"),
+            ["idle", "hypercall", "fault", "bad"]
+        );
+    }
+
+    #[test]
+    fn values() {
+        let options =
+            Options::parse("scenario=fault smp=4 shared-bit=38 seed=0xff timeout=9 discard=keep")
+                .unwrap();
+        assert_eq!(options.smp, Some(4));
+        assert_eq!(options.shared_bit, Some(38));
+        assert_eq!(options.strict_from, 4 << 30);
+        assert_eq!(options.seed, 255);
+        assert_eq!(options.timeout, 9);
+        assert!(!options.discards);
+        assert!(
+            Options::parse("scenario=idle discard=now")
+                .unwrap()
+                .discards
+        );
+    }
+
+    #[test]
+    fn refused() {
+        assert_eq!(Options::parse(""), Err(Error::NoScenario));
+        assert_eq!(
+            Options::parse("scenario=x"),
+            Err(Error::UnknownScenario("x"))
+        );
+        assert_eq!(Options::parse("scenario="), Err(Error::UnknownScenario("")));
+        assert_eq!(
+            Options::parse("scenario=idle quiet"),
+            Err(Error::UnknownWord("quiet"))
+        );
+        assert_eq!(
+            Options::parse("scenario=idle x=1"),
+            Err(Error::UnknownWord("x=1"))
+        );
+        assert_eq!(
+            Options::parse("scenario=fault"),
+            Err(Error::FaultNeedsSharedBit)
+        );
+        for word in [
+            "smp=0",
+            "smp=x",
+            "shared-bit=50",
+            "shared-bit=3",
+            "timeout=0",
+            "seed=-1",
+            "discard=off",
+        ] {
+            let line = format!("scenario=idle {word}");
+            assert!(
+                matches!(Options::parse(&line), Err(Error::Value { .. })),
+                "{word}"
+            );
+        }
+    }
+
+    #[test]
+    fn messages_say_what_would_work() {
+        assert_eq!(
+            Options::parse("scenario=x").unwrap_err().to_string(),
+            "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,all"
+        );
+    }
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The part of the conformance guest that is pure logic, so that it can be tested on the host: what
+//! the command line asks for, which memory to use, what to write into a page, and what state every
+//! page must be in.
+
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod cmdline;
+pub mod layout;
+pub mod model;
+pub mod pattern;
+
+/// Bytes in a page.
+pub const PAGE_SIZE: u64 = 4096;

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The other CPUs: starting them, giving them work, and waiting for them.
+
+use crate::cpu::MAX_CPUS;
+use crate::plan::{self, Plan};
+use crate::scenarios::{self, Scenario};
+use crate::{apic, cpu, fwcfg, interrupts, tap};
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+/// A page below 1 MiB that the firmware has finished with.
+const TRAMPOLINE: u64 = 0x8000;
+/// How long the CPUs may take to start.
+const PATIENCE: u64 = 20 * apic::TICKS_PER_SECOND;
+
+unsafe extern "C" {
+    static trampoline: u8;
+    static trampoline_end: u8;
+}
+
+static ONLINE: AtomicUsize = AtomicUsize::new(1);
+/// Which round of work is on, and what it is. A round begins when the number changes.
+static ROUND: AtomicUsize = AtomicUsize::new(0);
+static WORK: AtomicUsize = AtomicUsize::new(0);
+/// The last round that each CPU has finished.
+static FINISHED: [AtomicUsize; MAX_CPUS] = [const { AtomicUsize::new(0) }; MAX_CPUS];
+
+/// Starts all other CPUs and waits until they are there.
+pub(crate) fn start_others() {
+    let cpus = match fwcfg::cpus() {
+        Ok(cpus @ 1..=MAX_CPUS) => cpus,
+        Ok(cpus) => tap::bail_out(format_args!("{cpus} CPUs: use -smp with 1 to {MAX_CPUS}")),
+        Err(error) => tap::bail_out(format_args!("{error}")),
+    };
+    if cpus == 1 {
+        return;
+    }
+    // SAFETY: the firmware has finished with the page, and the trampoline fits.
+    unsafe {
+        let size = (&raw const trampoline_end).offset_from(&raw const trampoline) as usize;
+        core::ptr::copy_nonoverlapping(&raw const trampoline, TRAMPOLINE as *mut u8, size);
+    }
+    apic::send_init();
+    sleep_until(apic::ticks() + 2, || false);
+    // A second start-up request reaches only those that have missed the first.
+    for _ in 0..2 {
+        apic::send_start_up(TRAMPOLINE);
+        if sleep_until(apic::ticks() + PATIENCE / 2, || online() == cpus) {
+            return;
+        }
+    }
+    tap::bail_out(format_args!("{} of {cpus} CPUs have started", online()))
+}
+
+/// CPUs that run.
+pub(crate) fn online() -> usize {
+    ONLINE.load(Ordering::Acquire)
+}
+
+/// Where the other CPUs arrive from `boot.s`.
+pub(crate) extern "C" fn other_cpu(cpu: u32) -> ! {
+    let cpu = cpu as usize;
+    interrupts::init(cpu);
+    apic::start_timer();
+    ONLINE.fetch_add(1, Ordering::Release);
+    let mut seen = 0;
+    loop {
+        let round = ROUND.load(Ordering::Acquire);
+        if round == seen {
+            cpu::wait();
+            continue;
+        }
+        seen = round;
+        let scenario = Scenario::ALL[WORK.load(Ordering::Relaxed)];
+        if let Some(plan) = plan::published()
+            && cpu < plan.cpus
+        {
+            scenarios::run_on_this_cpu(plan, scenario, cpu);
+        }
+        FINISHED[cpu].store(round, Ordering::Release);
+    }
+}
+
+/// Runs a scenario on all CPUs that take part, and waits for the last.
+pub(crate) fn run(plan: &'static Plan, scenario: Scenario) {
+    WORK.store(scenario as usize, Ordering::Relaxed);
+    let round = ROUND.fetch_add(1, Ordering::Release) + 1;
+    scenarios::run_on_this_cpu(plan, scenario, 0);
+    for finished in &FINISHED[1..plan.cpus] {
+        // The watchdog ends a wait that has no end.
+        while finished.load(Ordering::Acquire) != round {
+            cpu::wait();
+        }
+    }
+}
+
+/// Waits for a condition; returns whether it came true in time.
+fn sleep_until(deadline: u64, condition: impl Fn() -> bool) -> bool {
+    while !condition() {
+        if apic::ticks() >= deadline {
+            return false;
+        }
+        cpu::wait();
+    }
+    true
+}

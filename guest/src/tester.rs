@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What the scenarios are made of: requests, accesses, and the comparison of what is there with
+//! what must be.
+
+use crate::failure::Failure;
+use crate::hypercall;
+use crate::memory::TestMemory;
+use crate::plan::Plan;
+use core::ops::Range;
+use guestmemfd_guest::PAGE_SIZE;
+use guestmemfd_guest::model::{Intent, Model, State};
+use guestmemfd_guest::pattern::{self, WORDS};
+
+/// The result of a step or of a test.
+pub(crate) type Check = Result<(), Failure>;
+
+/// What KVM and QEMU answer to requests that make no sense.
+pub(crate) const EINVAL: i64 = -22;
+
+/// Pages under test, by number, and what must be true of them.
+#[derive(Debug)]
+pub(crate) struct Tester<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) memory: TestMemory,
+    pub(crate) model: Model<'a>,
+}
+
+impl Tester<'_> {
+    /// Asks by hypercall for a conversion that must succeed.
+    pub(crate) fn request(&mut self, pages: Range<usize>, intent: Intent) -> Check {
+        let gpa = self.memory.gpa(pages.start);
+        let count = pages.len() as u64;
+        let attributes = hypercall::attributes(intent);
+        let got = hypercall::map_gpa_range(gpa, count, attributes);
+        if got != 0 {
+            self.model.counts.hypercalls += 1;
+            self.model.counts.refused += 1;
+            return Err(Failure::Request {
+                gpa,
+                pages: count,
+                attributes,
+                got,
+                expected: "0",
+            });
+        }
+        self.model.request(pages.start, pages.len(), intent);
+        Ok(())
+    }
+
+    /// Makes sure that no page is private.
+    pub(crate) fn all_shared(&mut self, pages: Range<usize>) -> Check {
+        if pages
+            .clone()
+            .any(|page| self.model.state(page) == State::Private)
+        {
+            self.request(pages, Intent::Shared)?;
+        }
+        Ok(())
+    }
+
+    /// Fills pages with the pattern of a tag.
+    pub(crate) fn fill(&mut self, pages: Range<usize>, intent: Intent, tag: u64) {
+        for page in pages {
+            self.touch(page, intent);
+            let gpa = self.memory.gpa(page);
+            for index in 0..WORDS {
+                self.memory
+                    .write(page, intent, index, pattern::word(tag, gpa, index));
+            }
+        }
+    }
+
+    /// Pages must hold the pattern of a tag.
+    pub(crate) fn holds(&mut self, pages: Range<usize>, intent: Intent, tag: u64) -> Check {
+        for page in pages {
+            let gpa = self.memory.gpa(page);
+            self.compare(page, intent, WORDS, |index| pattern::word(tag, gpa, index))?;
+        }
+        Ok(())
+    }
+
+    /// Pages that have just entered a view must read as zeros, unless the hypervisor keeps what was
+    /// there.
+    pub(crate) fn is_empty(&mut self, pages: Range<usize>, intent: Intent) -> Check {
+        for page in pages {
+            if self.plan.options.discards {
+                self.compare(page, intent, WORDS, |_| 0)?;
+            } else {
+                self.touch(page, intent);
+                self.memory.read(page, intent, 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has QEMU write to a shared page, and looks at it through the shared view.
+    pub(crate) fn host_writes(&mut self, page: usize) -> Check {
+        let plan = self.plan;
+        let host = &plan.host;
+        let gpa = self.memory.gpa(page);
+        self.memory
+            .host_writes(page, host.selector, host.words * 8)
+            .map_err(|_| Failure::Host { gpa })?;
+        self.compare(page, Intent::Shared, host.words, |index| host.word(index))
+    }
+
+    /// Sends a request that must be refused with EINVAL.
+    pub(crate) fn refused(&mut self, gpa: u64, pages: u64, attributes: u64) -> Check {
+        let got = hypercall::map_gpa_range(gpa, pages, attributes);
+        let frame = gpa / PAGE_SIZE;
+        // KVM itself refuses what is not aligned, empty, or wraps as frame numbers.
+        let passed_on = gpa % PAGE_SIZE == 0 && pages > 0 && frame.checked_add(pages).is_some();
+        if passed_on && self.memory.contains(gpa) {
+            self.model.counts.hypercalls += 1;
+            self.model.counts.refused += u64::from(got != 0);
+        }
+        if got == EINVAL {
+            return Ok(());
+        }
+        Err(Failure::Request {
+            gpa,
+            pages,
+            attributes,
+            got,
+            expected: "-22 (EINVAL)",
+        })
+    }
+
+    /// Notes an access. With a shared bit it converts a page that is in the other view.
+    pub(crate) fn touch(&mut self, page: usize, intent: Intent) {
+        if self.memory.has_shared_bit() {
+            self.model.touch(page, intent);
+        }
+    }
+
+    fn compare(
+        &mut self,
+        page: usize,
+        intent: Intent,
+        words: usize,
+        expected: impl Fn(usize) -> u64,
+    ) -> Check {
+        self.touch(page, intent);
+        for index in 0..words {
+            let got = self.memory.read(page, intent, index);
+            self.word_is(page, intent, index, got, expected(index))?;
+        }
+        Ok(())
+    }
+
+    /// A word that was read must have a value.
+    pub(crate) fn word_is(
+        &self,
+        page: usize,
+        intent: Intent,
+        index: usize,
+        got: u64,
+        expected: u64,
+    ) -> Check {
+        if got == expected {
+            return Ok(());
+        }
+        Err(Failure::Memory {
+            intent,
+            gpa: self.memory.gpa(page) + 8 * index as u64,
+            got,
+            expected,
+        })
+    }
+}
