@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! `query-guestmemfd`: what QEMU says of its backends.
+
+use anyhow::{Result, bail};
+use qapi_spec::Command;
+use serde::{Deserialize, Serialize};
+
+use crate::qmp::Qmp;
+
+/// The command.
+#[derive(Debug, Serialize)]
+pub(crate) struct QueryGuestmemfd {}
+
+impl Command for QueryGuestmemfd {
+    type Ok = Vec<Backend>;
+    const NAME: &'static str = "query-guestmemfd";
+    const ALLOW_OOB: bool = false;
+}
+
+/// One backend.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Backend {
+    pub(crate) id: String,
+    pub(crate) mode: String,
+    pub(crate) discard: String,
+    pub(crate) size: u64,
+    pub(crate) undecided_bytes: u64,
+    pub(crate) shared_bytes: u64,
+    pub(crate) private_bytes: u64,
+    pub(crate) transition_bytes: u64,
+    pub(crate) shared_allocated: u64,
+    pub(crate) conversions_to_private: u64,
+    pub(crate) conversions_to_shared: u64,
+    pub(crate) converted_to_private_bytes: u64,
+    pub(crate) converted_to_shared_bytes: u64,
+    pub(crate) hypercalls: u64,
+    pub(crate) faults_private: u64,
+    pub(crate) faults_shared: u64,
+    pub(crate) refused: u64,
+    pub(crate) unpunched_bytes: u64,
+}
+
+impl Backend {
+    /// Does every page have one state?
+    pub(crate) fn check(&self) -> Result<()> {
+        let states = [
+            self.undecided_bytes,
+            self.shared_bytes,
+            self.private_bytes,
+            self.transition_bytes,
+        ];
+        let sum = states.iter().copied().reduce(u64::wrapping_add);
+        if sum != Some(self.size) {
+            bail!(
+                "{}: the states' bytes {states:?} do not add up to its size {}",
+                self.id,
+                self.size
+            );
+        }
+        Ok(())
+    }
+}
+
+/// All backends of a QEMU, with their sums checked.
+pub(crate) fn backends(qmp: &mut Qmp) -> Result<Vec<Backend>> {
+    let backends = qmp.execute(&QueryGuestmemfd {})?;
+    backends.iter().try_for_each(Backend::check)?;
+    Ok(backends)
+}
+
+/// The one backend of a QEMU that has one.
+pub(crate) fn backend(qmp: &mut Qmp) -> Result<Backend> {
+    match <[Backend; 1]>::try_from(backends(qmp)?) {
+        Ok([backend]) => Ok(backend),
+        Err(all) => bail!("one backend expected, query-guestmemfd shows {}", all.len()),
+    }
+}

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What a page has left is freed: the kernel's numbers, compared with the map.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Context, GUEST_LIMIT, Test, guests};
+use crate::guest;
+use crate::memory::{self, Kind, System};
+use crate::probe::Need;
+use crate::query::{self, Backend};
+use crate::vm::Scenario;
+
+/// Page cache that the logs and QEMU's own files may fill meanwhile.
+const NOISE: u64 = 512 << 10;
+
+pub(super) fn tests() -> Vec<Test> {
+    let test = |scenario: Scenario| {
+        let mut needs = scenario.needs().to_vec();
+        needs.extend([Need::PageCounts, Need::Root]);
+        let name = format!("freed/{}", scenario.name());
+        Test::new(name, &needs, move |context| run(context, scenario))
+    };
+    [Scenario::Hypercall, Scenario::Fault].map(test).into()
+}
+
+fn run(context: &Context, scenario: Scenario) -> Result<()> {
+    let _strict = guests::strict(scenario)?;
+    let mut qemu = context.start(&guests::guest_vm(context, scenario, 1))?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        backend.converted_to_private_bytes > backend.private_bytes,
+        "nothing has left the private view, so this run shows nothing: {backend:?}"
+    );
+    files_match(&backend, qemu.pid())?;
+    let files = memory::backings(qemu.pid())?;
+    let memfd = memory::allocated(&files, Kind::Memfd).context("memfd not counted")?;
+    let gmem = memory::allocated(&files, Kind::GuestMemfd).context("guest_memfd not counted")?;
+    ensure!(
+        gmem > NOISE,
+        "guest_memfd has {gmem} bytes: too few to tell from noise, so this run shows nothing"
+    );
+
+    // The second opinion: what the whole system gets back when QEMU ends is what its files had.
+    let with = System::read()?;
+    guest::finish(&mut qemu)?;
+    let without = System::read()?;
+    println!("# guest_memfd {gmem} memfd {memfd}; with QEMU {with:?}, without {without:?}");
+    let gone = |with: u64, without: u64| with.saturating_sub(without);
+    for (what, had, returned) in [
+        ("guest_memfd", gmem, gone(with.files, without.files)),
+        ("the memfd", memfd, gone(with.shmem, without.shmem)),
+    ] {
+        ensure!(
+            returned.abs_diff(had) <= NOISE,
+            "{what} had {had} bytes, the system got {returned} back"
+        );
+    }
+    Ok(())
+}
+
+/// Has neither file more than the pages that are in its view? Only where the backend frees.
+pub(super) fn files_match(backend: &Backend, pid: u32) -> Result<()> {
+    let files = memory::backings(pid)?;
+    let memfd = memory::allocated(&files, Kind::Memfd).context("memfd not counted")?;
+    ensure!(
+        backend.shared_allocated == memfd,
+        "query-guestmemfd says {} bytes of the memfd are allocated, the kernel {memfd}",
+        backend.shared_allocated
+    );
+    let not_private = backend.size - backend.private_bytes;
+    ensure!(
+        memfd <= not_private,
+        "the memfd has {memfd} bytes but only {not_private} are not private"
+    );
+    // Where the kernel does not count there is nothing to compare.
+    if let Some(gmem) = memory::allocated(&files, Kind::GuestMemfd) {
+        ensure!(
+            gmem <= backend.private_bytes,
+            "guest_memfd has {gmem} bytes, of which only {} can be private pages",
+            backend.private_bytes
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Objects that cannot be: QEMU says why and ends with status 1.
+
+use anyhow::{Result, ensure};
+
+use super::{Context, SIZE, Test};
+use crate::probe::Need;
+use crate::vm::{BACKEND, Vm};
+
+/// The backend's object with these properties besides its id.
+fn backend(properties: &str) -> String {
+    format!("memory-backend-guestmemfd,id=ram0,{properties}")
+}
+
+pub(super) fn tests() -> Vec<Test> {
+    let mut tests = bad_properties();
+    tests.extend(bad_machines());
+    tests.extend(bad_guests());
+    tests
+}
+
+/// Wrong for every VM: shown on one that has private memory, so that nothing else is wrong.
+fn bad_properties() -> Vec<Test> {
+    // Name, object, and words of which the message must contain one.
+    let cases: [(&str, String, &[&str]); 10] = [
+        ("size-zero", backend("size=0"), &["doesn't take value '0'"]),
+        (
+            "size-absent",
+            "memory-backend-guestmemfd,id=ram0".into(),
+            &["size"],
+        ),
+        (
+            "size-unaligned",
+            backend("size=1000000"),
+            &["multiple", "align"],
+        ),
+        (
+            "size-odd",
+            backend("size=268435457"),
+            &["multiple", "align"],
+        ),
+        ("size-64t", backend("size=64T"), &["too large"]),
+        (
+            "size-huge",
+            backend("size=9223372036854771712"),
+            &["too large"],
+        ),
+        ("share-off", backend("size=256M,share=off"), &["share"]),
+        (
+            "mode-unknown",
+            backend("size=256M,mode=sideways"),
+            &["sideways"],
+        ),
+        (
+            "discard-unknown",
+            backend("size=256M,discard=never"),
+            &["never"],
+        ),
+        ("mode-mapped", backend("size=256M,mode=mapped"), &["mapped"]),
+    ];
+    let test = |(name, object, words): (&str, String, &'static [&str])| {
+        let vm = Vm::protected(SIZE).with_backend(&object);
+        refused(name, &[Need::PrivateMemory], vm, words)
+    };
+    cases.into_iter().map(test).collect()
+}
+
+/// Wrong because of the accelerator, the VM's type, or another user.
+fn bad_machines() -> Vec<Test> {
+    let mut tcg = Vm::ordinary(SIZE);
+    tcg.accel = "tcg";
+    let ordinary = |properties| Vm::ordinary(SIZE).with_backend(&backend(properties));
+    let twice = Vm::protected(SIZE)
+        .with_arguments("-m 256M,slots=2,maxmem=1G -device pc-dimm,id=dimm0,memdev=ram0");
+    vec![
+        refused("tcg", &[], tcg, &["KVM", "kvm"]),
+        refused(
+            "ordinary-vm",
+            &[Need::Kvm],
+            Vm::ordinary(SIZE),
+            &["private", "confidential"],
+        ),
+        refused(
+            "ordinary-vm-mode-private",
+            &[Need::Kvm],
+            ordinary("size=256M,mode=private"),
+            &["private", "confidential"],
+        ),
+        refused(
+            "ordinary-vm-mode-mapped",
+            &[Need::Kvm],
+            ordinary("size=256M,mode=mapped"),
+            &["mapped"],
+        ),
+        refused("used-twice", &[Need::PrivateMemory], twice, &["ram0"]),
+    ]
+}
+
+/// Wrong confidential-guest objects.
+fn bad_guests() -> Vec<Test> {
+    let mut tcg = Vm::protected(SIZE).with_backend("memory-backend-memfd,id=ram0,size=256M");
+    tcg.accel = "tcg";
+    let mut tests = vec![
+        // What the refusals below are measured against.
+        Test::new("object/shared-bit-38", &[Need::PrivateMemory], |context| {
+            let mut vm = Vm::protected(SIZE);
+            vm.confidential = Some("sw-protected-guest,id=cgs0,shared-bit=38".into());
+            context.start(&vm)?.alive()
+        }),
+        refused("sw-protected-tcg", &[], tcg, &["KVM", "kvm"]),
+        refused(
+            "sw-protected-not-offered",
+            &[Need::NoPrivateMemory],
+            Vm::protected(SIZE).with_backend("memory-backend-memfd,id=ram0,size=256M"),
+            &["KVM", "VM type"],
+        ),
+    ];
+    // Inside the page, inside RAM, beyond any physical address.
+    for bit in [5, 20, 63, 64] {
+        let mut vm = Vm::protected(SIZE).with_backend("memory-backend-memfd,id=ram0,size=256M");
+        vm.confidential = Some(format!("sw-protected-guest,id=cgs0,shared-bit={bit}"));
+        let name = format!("shared-bit-{bit}");
+        tests.push(refused(&name, &[Need::PrivateMemory], vm, &["shared-bit"]));
+    }
+    tests
+}
+
+fn refused(name: &str, needs: &[Need], vm: Vm, words: &'static [&'static str]) -> Test {
+    Test::new(format!("object/{name}"), needs, move |context| {
+        check_refused(context, &vm, words)
+    })
+}
+
+fn check_refused(context: &Context, vm: &Vm, words: &[&str]) -> Result<()> {
+    let ended = context.start_refused(vm)?;
+    // QEMU repeats the option that it complains of: those are our words, not its own.
+    let ours = [
+        vm.backend.as_deref(),
+        vm.confidential.as_deref(),
+        Some(BACKEND),
+    ];
+    let said = ended.stderr.trim().to_owned();
+    let said = ours
+        .into_iter()
+        .flatten()
+        .fold(said, |said, word| said.replace(word, ""));
+    ensure!(
+        ended.status.code() == Some(1),
+        "QEMU ended with {}, not with status 1: {said}",
+        ended.status
+    );
+    ensure!(
+        words.iter().any(|word| said.contains(word)),
+        "the message has none of {words:?}: {said:?}"
+    );
+    Ok(())
+}
