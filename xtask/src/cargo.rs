@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The packages of this workspace that the lab runs or QEMU links.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::context::Context;
+use crate::process::Job;
+use crate::progress::Step;
+
+/// Cargo, as it was started, in the checkout.
+pub(crate) fn cargo(ctx: &Context) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(&ctx.root);
+    command
+}
+
+/// The library that QEMU links.
+pub(crate) fn library(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    build(ctx, step, "guestmemfd", "release", "libguestmemfd.a")
+}
+
+/// The conformance guest.
+pub(crate) fn guest(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    build(ctx, step, "guestmemfd-guest", "guest", "guestmemfd-guest")
+}
+
+/// The program that runs guests under QEMU and judges them.
+pub(crate) fn runner(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    build(ctx, step, "guestmemfd-lab", "release", "guestmemfd-lab")
+}
+
+/// Builds a package and returns the artifact with this file name.
+fn build(
+    ctx: &Context,
+    step: &Step,
+    package: &str,
+    profile: &str,
+    artifact: &str,
+) -> Result<PathBuf> {
+    step.say(format_args!("building {artifact}"));
+    let mut command = cargo(ctx);
+    command.args(["build", "--package", package, "--profile", profile]);
+    command.arg("--message-format=json-render-diagnostics");
+    let mut found = None;
+    Job::new(format!("building {artifact}"), command)
+        .log(&ctx.log(&format!("cargo-{package}")))
+        .follow(|line| found = artifact_in(line, artifact).or(found.take()))
+        .run()?;
+    found.with_context(|| format!("cargo built no {artifact} in package {package}"))
+}
+
+/// The path of a file that a line of cargo's JSON output says was made.
+fn artifact_in(line: &str, name: &str) -> Option<PathBuf> {
+    if !line.starts_with('{') {
+        return None;
+    }
+    let message: Value = serde_json::from_str(line).ok()?;
+    message["filenames"]
+        .as_array()?
+        .iter()
+        .filter_map(Value::as_str)
+        .map(PathBuf::from)
+        .find(|path| path.file_name() == Path::new(name).file_name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_artifact_is_found_in_cargos_messages() {
+        let line = r#"{"reason":"compiler-artifact","filenames":["/t/libx.rlib","/t/libx.a"]}"#;
+        assert_eq!(artifact_in(line, "libx.a"), Some("/t/libx.a".into()));
+        assert_eq!(artifact_in(line, "x"), None);
+        assert_eq!(artifact_in("Compiling x", "x"), None);
+    }
+}

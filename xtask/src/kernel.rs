@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The lab's kernel: tinyconfig, `lab/kernel.config` and `lab/patches`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::cache;
+use crate::context::Context;
+use crate::fetch::{self, Release};
+use crate::process::{Job, command};
+use crate::progress::Step;
+use crate::qemu_source::{apply, series, unpack};
+
+/// About how many lines make prints for this configuration.
+const LINES: u64 = 2200;
+
+/// How many kernels are kept.
+const KEEP: usize = 3;
+
+/// A kernel that is ready to boot.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    pub(crate) image: PathBuf,
+    pub(crate) version: &'static str,
+}
+
+/// Builds what is not built yet.
+pub(crate) fn build(ctx: &Context, step: &Step) -> Result<Kernel> {
+    if let Some(kernel) = built(ctx)? {
+        return Ok(kernel);
+    }
+    let _lock = cache::lock(&ctx.cache, "kernel", step)?;
+    if let Some(kernel) = built(ctx)? {
+        return Ok(kernel);
+    }
+    let obtained = fetch::obtain(ctx, step, fetch::LINUX)?;
+    let result = result(ctx, obtained.release)?;
+    cache::make_folder(&result, |partial| {
+        make(ctx, step, &obtained.files[0], partial)
+    })?;
+    cache::touch(&result);
+    cache::keep_newest(&ctx.cache.join("kernel"), KEEP)?;
+    built(ctx)?.context("the kernel that was just built is not there")
+}
+
+fn built(ctx: &Context) -> Result<Option<Kernel>> {
+    for release in fetch::LINUX {
+        let result = result(ctx, release)?;
+        if result.exists() {
+            cache::touch(&result);
+            return Ok(Some(Kernel {
+                image: result.join("bzImage"),
+                version: release.version,
+            }));
+        }
+    }
+    Ok(None)
+}
+
+fn fragment(ctx: &Context) -> PathBuf {
+    ctx.root.join("lab/kernel.config")
+}
+
+fn patches(ctx: &Context) -> Result<Vec<PathBuf>> {
+    series(&ctx.root.join("lab/patches"))
+}
+
+fn result(ctx: &Context, release: &Release) -> Result<PathBuf> {
+    let mut key = release.key().add_file(&fragment(ctx))?;
+    for patch in patches(ctx)? {
+        key = key.add_file(&patch)?;
+    }
+    Ok(ctx.cache.join("kernel").join(key.finish()))
+}
+
+fn make(ctx: &Context, step: &Step, archive: &Path, result: &Path) -> Result<()> {
+    let source = result.join("source");
+    fs::create_dir(&source)?;
+    step.say("unpacking");
+    unpack(archive, &source)?;
+    step.say("applying patches");
+    apply(&source, &patches(ctx)?, &ctx.log("kernel-patches"))?;
+    step.say("configuring");
+    configure(ctx, &source)?;
+    step.say("compiling");
+    let mut lines = 0;
+    Job::new(
+        "compiling Linux",
+        make_command(&source, &["-j", &ctx.jobs.to_string(), "bzImage"]),
+    )
+    .log(&ctx.log("kernel-build"))
+    .follow(|_| {
+        lines += 1;
+        step.amount(lines, LINES);
+    })
+    .run()?;
+    fs::copy(source.join("arch/x86/boot/bzImage"), result.join("bzImage"))
+        .context("Linux's build left no bzImage")?;
+    fs::copy(source.join(".config"), result.join("config"))?;
+    step.say("clearing away");
+    cache::remove(&source)
+}
+
+fn make_command(source: &Path, args: &[&str]) -> Command {
+    let mut make = command("make", args);
+    make.current_dir(source).env("ARCH", "x86_64");
+    make
+}
+
+/// Writes the configuration, and sees that every option of ours is in it.
+fn configure(ctx: &Context, source: &Path) -> Result<()> {
+    let log = ctx.log("kernel-configure");
+    Job::new("configuring Linux", make_command(source, &["tinyconfig"]))
+        .log(&log)
+        .run()?;
+    let config = source.join(".config");
+    let fragment = fs::read_to_string(fragment(ctx)).context("cannot read lab/kernel.config")?;
+    let tiny = fs::read_to_string(&config)?;
+    fs::write(&config, format!("{tiny}{fragment}"))?;
+    Job::new("configuring Linux", make_command(source, &["olddefconfig"]))
+        .log(&log)
+        .run()?;
+    let missing = missing_options(&fragment, &fs::read_to_string(&config)?);
+    if !missing.is_empty() {
+        bail!(
+            "this Linux does not take these options of lab/kernel.config: {}",
+            missing.join(" ")
+        );
+    }
+    Ok(())
+}
+
+/// The options of a fragment that a configuration does not have.
+fn missing_options<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
+    let has = |option: &str| config.lines().any(|line| line == option);
+    fragment
+        .lines()
+        .filter(|line| line.starts_with("CONFIG_") && !has(line))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_option_that_did_not_take_is_named() {
+        let fragment = "# why\nCONFIG_A=y\nCONFIG_B=y\n";
+        assert_eq!(
+            missing_options(fragment, "CONFIG_A=y\n# CONFIG_B is not set\n"),
+            ["CONFIG_B=y"]
+        );
+        assert!(missing_options(fragment, "CONFIG_B=y\nCONFIG_A=y\n").is_empty());
+    }
+}

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! `cargo xtask test`: every test there is, as named steps.
+
+mod patches;
+mod report;
+mod steps;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::context::Context;
+use crate::packages::{self, Purpose};
+use crate::progress::{Step, Steps};
+
+use report::{Line, Tally, table, total};
+
+/// Options of `test`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Only these steps, by name [default: all but those for --full]
+    #[arg(value_name = "STEP")]
+    steps: Vec<String>,
+
+    /// Only tests whose name contains this; steps without named tests are left out
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+
+    /// Also the long steps: QEMU's own tests, with the library and without
+    #[arg(long)]
+    full: bool,
+
+    /// Say which steps there are, and stop
+    #[arg(long)]
+    list: bool,
+}
+
+/// A part of all tests.
+struct TestStep {
+    name: &'static str,
+    what: &'static str,
+    /// Runs only when asked for.
+    long: bool,
+    /// Has tests whose names a filter can select.
+    named: bool,
+    run: fn(&steps::Bench, &Step) -> Result<Tally>,
+}
+
+const fn step(
+    name: &'static str,
+    what: &'static str,
+    run: fn(&steps::Bench, &Step) -> Result<Tally>,
+) -> TestStep {
+    TestStep {
+        name,
+        what,
+        long: false,
+        named: false,
+        run,
+    }
+}
+
+impl TestStep {
+    const fn named(self) -> Self {
+        Self {
+            named: true,
+            ..self
+        }
+    }
+
+    const fn long(self) -> Self {
+        Self { long: true, ..self }
+    }
+}
+
+const STEPS: &[TestStep] = &[
+    step("format", "rustfmt has nothing to change", steps::format),
+    step("clippy", "no warnings in any package", steps::clippy),
+    step(
+        "unit",
+        "unit and property tests of all packages",
+        steps::unit,
+    )
+    .named(),
+    step(
+        "header",
+        "the C header is what the library's source says",
+        steps::header,
+    ),
+    step("c", "tests in C, as they are and under valgrind", steps::c),
+    step(
+        "qemu",
+        "QEMU builds with the patches and the library",
+        steps::qemu,
+    ),
+    step("kernel", "the lab's kernel builds", steps::kernel),
+    step(
+        "patches",
+        "each patch applies, compiles and passes checkpatch",
+        patches_step,
+    ),
+    step(
+        "machine",
+        "tests with QEMU on this machine's KVM",
+        steps::machine,
+    )
+    .named(),
+    step("lab", "tests with QEMU in level 1 of the lab", steps::lab).named(),
+    step("qtest", "QEMU's own tests, with the library", steps::qtest).long(),
+    step(
+        "without",
+        "QEMU's own tests, built without the library",
+        steps::without,
+    )
+    .long(),
+];
+
+fn patches_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
+    patches::test(bench.ctx, step)
+}
+
+impl Options {
+    fn wants(&self, step: &TestStep) -> bool {
+        if !self.steps.is_empty() {
+            return self.steps.iter().any(|name| name == step.name);
+        }
+        (self.full || !step.long) && (self.filter.is_none() || step.named)
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
+    if options.list {
+        for step in STEPS {
+            let long = if step.long { " (with --full)" } else { "" };
+            println!("{:8} {}{long}", step.name, step.what);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(name) = options
+        .steps
+        .iter()
+        .find(|name| STEPS.iter().all(|s| s.name != **name))
+    {
+        anyhow::bail!("no test step is called {name}; see: cargo xtask test --list");
+    }
+    let wanted: Vec<&TestStep> = STEPS.iter().filter(|step| options.wants(step)).collect();
+    let progress = Steps::new(wanted.len() + 1);
+    let step = progress.begin("system packages");
+    use Purpose::{Image, Kernel, Qemu, Test};
+    packages::ensure(ctx, &step, &[Qemu, Kernel, Image, Test])?;
+    step.finish("ready");
+
+    let bench = steps::Bench::new(ctx, options.filter.clone(), options.full);
+    let lines: Vec<Line> = wanted
+        .iter()
+        .map(|step| run_step(&bench, step, &progress))
+        .collect();
+    println!("{}", table(&lines));
+    println!("{}", total(&lines));
+    let good = lines.iter().all(|line| line.tally.failed == 0);
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_step(bench: &steps::Bench, test: &TestStep, progress: &Steps) -> Line {
+    let start = Instant::now();
+    let step = progress.begin(format_args!("{}: {}", test.name, test.what));
+    let tally = (test.run)(bench, &step).unwrap_or_else(|error| {
+        step.note(format_args!("{error:#}"));
+        let text = format!("{error:#}");
+        Tally::fail(text.lines().next().unwrap_or_default())
+    });
+    let word = match (tally.failed, tally.passed) {
+        (0, 0) => "nothing to run".to_owned(),
+        (0, _) => "ok".to_owned(),
+        (failed, _) => format!("{failed} FAILED"),
+    };
+    step.finish(word);
+    Line {
+        name: test.name,
+        tally,
+        time: start.elapsed(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(steps: &[&str], filter: Option<&str>, full: bool) -> Options {
+        Options {
+            steps: steps.iter().map(|name| (*name).to_owned()).collect(),
+            filter: filter.map(str::to_owned),
+            full,
+            list: false,
+        }
+    }
+
+    fn names(options: &Options) -> Vec<&'static str> {
+        STEPS
+            .iter()
+            .filter(|step| options.wants(step))
+            .map(|step| step.name)
+            .collect()
+    }
+
+    #[test]
+    fn steps_are_chosen_by_name_length_and_filter() {
+        assert_eq!(names(&options(&[], None, true)).len(), STEPS.len());
+        assert!(!names(&options(&[], None, false)).contains(&"qtest"));
+        assert_eq!(
+            names(&options(&["qtest", "c"], None, false)),
+            ["c", "qtest"]
+        );
+        assert_eq!(
+            names(&options(&[], Some("x"), false)),
+            ["unit", "machine", "lab"]
+        );
+    }
+}

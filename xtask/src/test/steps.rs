@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The steps of `cargo xtask test`.
+
+use std::cell::OnceCell;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, ensure};
+
+use crate::cargo::{self, cargo};
+use crate::context::Context;
+use crate::level1::{Lab, Parts, RUNNER, Task, memory_for, quote, runner_paths};
+use crate::process::{Job, command, output};
+use crate::progress::Step;
+use crate::qemu::Qemu;
+use crate::{cache, header as c_header, image, kernel as lab_kernel, python, qemu as qemu_build};
+
+use super::report::{CargoTest, MesonTest, Tally, Tap};
+
+/// How long a whole run of the runner may take.
+const RUNNER_LIMIT: Duration = Duration::from_secs(45 * 60);
+
+/// How long other tests may take.
+const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// What the steps share: what one has built serves the next.
+pub(crate) struct Bench<'a> {
+    pub(crate) ctx: &'a Context,
+    filter: Option<String>,
+    full: bool,
+    qemu: OnceCell<Result<Qemu, String>>,
+    kernel: OnceCell<Result<lab_kernel::Kernel, String>>,
+}
+
+impl<'a> Bench<'a> {
+    pub(crate) fn new(ctx: &'a Context, filter: Option<String>, full: bool) -> Self {
+        Self {
+            ctx,
+            filter,
+            full,
+            qemu: OnceCell::new(),
+            kernel: OnceCell::new(),
+        }
+    }
+
+    fn qemu(&self, step: &Step) -> Result<Qemu> {
+        once(&self.qemu, || qemu_build::build(self.ctx, step))
+    }
+
+    fn kernel(&self, step: &Step) -> Result<lab_kernel::Kernel> {
+        once(&self.kernel, || lab_kernel::build(self.ctx, step))
+    }
+
+    /// The arguments of the runner's `test`.
+    fn runner_words(&self, runner: &str, paths: Vec<String>, out: &str) -> Vec<String> {
+        let mut words = vec![runner.to_owned(), "test".to_owned()];
+        words.extend(paths);
+        words.extend(["--out".to_owned(), out.to_owned()]);
+        if let Some(filter) = &self.filter {
+            words.extend(["--filter".to_owned(), filter.clone()]);
+        }
+        if self.full {
+            words.push("--full".to_owned());
+        }
+        words
+    }
+}
+
+/// Makes something for all steps; when that fails, it fails for all of them.
+fn once<T: Clone>(
+    cell: &OnceCell<Result<T, String>>,
+    make: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let made = cell.get_or_init(|| make().map_err(|error| format!("{error:#}")));
+    made.clone().map_err(|error| anyhow!(error))
+}
+
+pub(crate) fn format(bench: &Bench, step: &Step) -> Result<Tally> {
+    simple(bench, step, "format", &["fmt", "--all", "--check"])
+}
+
+pub(crate) fn clippy(bench: &Bench, step: &Step) -> Result<Tally> {
+    let args = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "--deny",
+        "warnings",
+    ];
+    simple(bench, step, "clippy", &args)
+}
+
+fn simple(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally> {
+    step.say("running");
+    let mut command = cargo(bench.ctx);
+    command.args(args);
+    let job = Job::new(format!("cargo {}", args[0]), command);
+    job.log(&bench.ctx.log(name)).limit(TEST_LIMIT).run()?;
+    Ok(Tally::pass(""))
+}
+
+pub(crate) fn unit(bench: &Bench, step: &Step) -> Result<Tally> {
+    step.say("running");
+    let mut command = cargo(bench.ctx);
+    command.args(["test", "--workspace", "--no-fail-fast"]);
+    command.args(&bench.filter);
+    let mut counts = CargoTest::default();
+    let outcome = Job::new("cargo test", command)
+        .log(&bench.ctx.log("unit"))
+        .limit(TEST_LIMIT)
+        .follow(|line| counts.line(line))
+        .outcome()?;
+    show_failure(step, outcome.check());
+    Ok(counts.finish(outcome.success()))
+}
+
+fn show_failure(step: &Step, result: Result<()>) {
+    if let Err(error) = result {
+        step.note(error);
+    }
+}
+
+pub(crate) fn header(bench: &Bench, _step: &Step) -> Result<Tally> {
+    c_header::check(bench.ctx)?;
+    Ok(Tally::pass(""))
+}
+
+pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
+    let ctx = bench.ctx;
+    let tools = python::environment(ctx, step)?;
+    let build = ctx.root.join("target/meson");
+    step.say("building");
+    let mut setup = meson(&tools, &["setup"]);
+    setup.arg(&build).arg(&ctx.root);
+    if build.join("build.ninja").exists() {
+        setup.arg("--reconfigure");
+    }
+    Job::new("meson setup", setup)
+        .log(&ctx.log("c-setup"))
+        .limit(TEST_LIMIT)
+        .run()?;
+    step.say("running");
+    let mut tally = meson_test(ctx, step, &tools, &build, "c", &[])?;
+    step.say("running under valgrind");
+    let valgrind = meson_test(
+        ctx,
+        step,
+        &tools,
+        &build,
+        "c-valgrind",
+        &["--setup", "valgrind"],
+    )?;
+    tally.add(valgrind);
+    Ok(tally)
+}
+
+fn meson(tools: &Path, args: &[&str]) -> Command {
+    let mut path = tools.as_os_str().to_owned();
+    if let Some(rest) = std::env::var_os("PATH") {
+        path.push(":");
+        path.push(rest);
+    }
+    let mut meson = command(tools.join("meson"), args);
+    meson.env("PATH", path);
+    meson
+}
+
+fn meson_test(
+    ctx: &Context,
+    step: &Step,
+    tools: &Path,
+    build: &Path,
+    name: &str,
+    args: &[&str],
+) -> Result<Tally> {
+    let mut test = meson(tools, &["test", "--print-errorlogs", "-C"]);
+    test.arg(build).args(args);
+    let mut counts = MesonTest::default();
+    let outcome = Job::new("meson test", test)
+        .log(&ctx.log(name))
+        .limit(TEST_LIMIT)
+        .follow(|line| counts.line(line))
+        .outcome()?;
+    show_failure(step, outcome.check());
+    Ok(counts.finish(outcome.success()))
+}
+
+pub(crate) fn qemu(bench: &Bench, step: &Step) -> Result<Tally> {
+    let qemu = bench.qemu(step)?;
+    Ok(Tally::pass(qemu.version))
+}
+
+pub(crate) fn kernel(bench: &Bench, step: &Step) -> Result<Tally> {
+    let kernel = bench.kernel(step)?;
+    Ok(Tally::pass(kernel.version))
+}
+
+pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
+    let qemu = bench.qemu(step)?;
+    let guest = cargo::guest(bench.ctx, step)?;
+    let runner = cargo::runner(bench.ctx, step)?;
+    let firmware = image::firmware(bench.ctx)?;
+    let out = bench.ctx.scratch().join("machine");
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let paths = [
+        "--qemu",
+        &text(&qemu.program),
+        "--firmware",
+        &text(&firmware),
+    ];
+    let mut paths: Vec<String> = paths.iter().map(|word| (*word).to_owned()).collect();
+    paths.extend(["--guest".to_owned(), text(&guest)]);
+    let words = bench.runner_words(&text(&runner), paths, &text(&out));
+    step.say("running");
+    let mut tap = Tap::default();
+    let outcome = Job::new("the runner", command(&words[0], &words[1..]))
+        .log(&bench.ctx.log("machine"))
+        .limit(RUNNER_LIMIT)
+        .follow(|line| follow_tap(&mut tap, step, line))
+        .outcome()?;
+    Ok(judge(tap, outcome.success(), &outcome.ending()))
+}
+
+pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
+    let ctx = bench.ctx;
+    let parts = Parts {
+        qemu: bench.qemu(step)?,
+        kernel: bench.kernel(step)?,
+        guest: cargo::guest(ctx, step)?,
+        runner: cargo::runner(ctx, step)?,
+    };
+    let lab = Lab::complete(ctx, step, parts)?;
+    let logs = ctx.scratch().join("lab");
+    cache::remove(&logs)?;
+    fs::create_dir_all(&logs)?;
+    // Sockets cannot lie in a folder of the host, so the logs are copied there.
+    let runner = bench.runner_words(RUNNER, runner_paths().into(), "/tmp/test");
+    let script = format!(
+        "{}\nstatus=$?\ncp -r /tmp/test/. /host/\nexit $status\n",
+        quote(runner)
+    );
+    let task = Task {
+        name: "the runner in the lab".to_owned(),
+        script,
+        share: Some(logs),
+        memory: memory_for(0),
+        limit: Some(RUNNER_LIMIT),
+    };
+    step.say("running");
+    let mut tap = Tap::default();
+    let result = lab.run(ctx, &task, |line| follow_tap(&mut tap, step, line));
+    let (success, ending) = match result {
+        Ok(status) => (status == 0, format!("exit status {status}")),
+        Err(error) => {
+            step.note(format_args!("{error:#}"));
+            (false, "level 1 did not come to its end".to_owned())
+        }
+    };
+    Ok(judge(tap, success, &ending))
+}
+
+fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
+    tap.line(line);
+    let (done, total) = tap.progress();
+    if total > 0 {
+        step.amount(done, total);
+    }
+    if line.starts_with("not ok") || line.starts_with("Bail out!") {
+        step.note(line);
+    }
+}
+
+fn judge(tap: Tap, success: bool, ending: &str) -> Tally {
+    let mut tally = tap.finish();
+    if !success && tally.failed == 0 {
+        tally.add(Tally::fail(format!("all tests passed, but: {ending}")));
+    }
+    tally
+}
+
+pub(crate) fn qtest(bench: &Bench, step: &Step) -> Result<Tally> {
+    own_tests(bench, step, true)
+}
+
+pub(crate) fn without(bench: &Bench, step: &Step) -> Result<Tally> {
+    own_tests(bench, step, false)
+}
+
+/// QEMU's own tests of the x86-64 machine, in a build with the library or without.
+fn own_tests(bench: &Bench, step: &Step, with: bool) -> Result<Tally> {
+    let ctx = bench.ctx;
+    let library = cargo::library(ctx, step)?;
+    let _lock = qemu_build::lock(ctx, step)?;
+    let tree = qemu_build::prepare(ctx, step)?;
+    qemu_build::install_library(ctx, &tree, &library)?;
+    let (name, build) = if with {
+        ("qtest", "build")
+    } else {
+        ("without", "build-without")
+    };
+    let build = tree.folder.join(build);
+    qemu_build::compile(ctx, step, &tree, &build, with)?;
+    let objects = output(command(
+        build.join("qemu-system-x86_64"),
+        ["-object", "help"],
+    ))?;
+    ensure!(
+        objects.contains("memory-backend-guestmemfd") == with,
+        "the list of objects (-object help) is not what this build should have"
+    );
+    let firmware = image::firmware(ctx)?;
+    for file in fs::read_dir(&firmware)? {
+        let file = file?;
+        fs::copy(file.path(), build.join("pc-bios").join(file.file_name()))?;
+    }
+    step.say("running");
+    let tools = build.join("pyvenv/bin");
+    let jobs = ctx.jobs.to_string();
+    let args = ["--suite", "qtest-x86_64", "--num-processes", &jobs];
+    meson_test(ctx, step, &tools, &build, name, &args)
+}
