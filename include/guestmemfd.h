@@ -23,13 +23,24 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 1
+#define GUESTMEMFD_ABI 2
 
 /**
  * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
  * cannot carry a guest_memfd.
  */
 #define GUESTMEMFD_WINDOW_UNBINDABLE 1
+
+/**
+ * The chunk that is taken unless a user says otherwise, in bytes: what a large page covers.
+ */
+#define DEFAULT_CHUNK (2 << 20)
+
+/**
+ * Where doubling ends, in bytes, for chunks that do not begin larger: setting the attributes of so
+ * much takes some milliseconds.
+ */
+#define LARGEST_CHUNK (32 << 20)
 
 /**
  * Guest memory of one size: one object of QEMU's.
@@ -50,6 +61,11 @@ typedef uint32_t guestmemfd_mode;
  * What becomes of the side that a page has left: one of GUESTMEMFD_DISCARD_*.
  */
 typedef uint32_t guestmemfd_discard;
+
+/**
+ * Does a private touch of an undecided page decide the pages around it: one of GUESTMEMFD_LAZY_*.
+ */
+typedef uint32_t guestmemfd_lazy;
 
 /**
  * What a backend is to be.
@@ -75,6 +91,15 @@ typedef struct guestmemfd_backend_config {
      * Pages start private (SEV-SNP, TDX) instead of undecided.
      */
     bool start_private;
+    /**
+     * Lazy attributes.
+     */
+    guestmemfd_lazy lazy;
+    /**
+     * How many bytes the first private touch of undecided pages decides: a power of two, not less
+     * than 4096; 0 leaves the choice to the library.
+     */
+    uint64_t lazy_chunk;
     /**
      * Passed to guestmemfd_callbacks.populate and discard.
      */
@@ -141,6 +166,10 @@ typedef struct guestmemfd_stats {
      */
     uint64_t converted_to_shared_bytes;
     /**
+     * Bytes that lazy attributes made private along with others that were asked for.
+     */
+    uint64_t converted_along_bytes;
+    /**
      * Requests by hypercall, refused ones too.
      */
     uint64_t hypercalls;
@@ -168,6 +197,10 @@ typedef struct guestmemfd_stats {
      * Discard policy.
      */
     guestmemfd_discard discard;
+    /**
+     * Bytes of the chunk of lazy attributes; 0 without them.
+     */
+    uint64_t lazy_chunk;
 } guestmemfd_stats;
 
 /**
@@ -239,6 +272,26 @@ typedef struct guestmemfd_callbacks {
  * It is not freed.
  */
 #define GUESTMEMFD_DISCARD_KEEP 1
+
+/**
+ * Its hole is punched with others next to it, by a thread of the library.
+ */
+#define GUESTMEMFD_DISCARD_COALESCED 2
+
+/**
+ * Yes, unless pages start private.
+ */
+#define GUESTMEMFD_LAZY_AUTO 0
+
+/**
+ * Yes, or the backend is refused.
+ */
+#define GUESTMEMFD_LAZY_ON 1
+
+/**
+ * No.
+ */
+#define GUESTMEMFD_LAZY_OFF 2
 
 
 
@@ -359,6 +412,14 @@ int32_t guestmemfd_vm_remove_window(struct guestmemfd_vm *vm,
  */
 int32_t guestmemfd_vm_commit_windows(struct guestmemfd_vm *vm,
                                      struct guestmemfd_error *error);
+
+/**
+ * Punches every hole that is still owed, so that the memory which the kernel accounts is what the
+ * states say: before a pause or a report that somebody compares. An error is the first; all are
+ * tried.
+ */
+int32_t guestmemfd_vm_drain(const struct guestmemfd_vm *vm,
+                            struct guestmemfd_error *error);
 
 /**
  * Does any part of the range lie in a window? Any numbers are allowed.

@@ -10,8 +10,10 @@ use parking_lot::Mutex;
 use crate::addr::{FilePages, FileSpace, PAGE_SIZE};
 use crate::backing::{Backing, Mode, ViewFile};
 use crate::error::{Error, Result};
+use crate::lazy::{Chunk, Reach};
 use crate::page_set::PageSet;
 use crate::state::{PageState, PageStates, View};
+use crate::worker::Queued;
 
 /// Which backend of its VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,6 +24,9 @@ pub struct BackendId(pub u32);
 pub enum Discard {
     /// A hole is punched inside the conversion.
     Now,
+    /// Holes are collected, joined with their neighbours and punched by a thread of the library,
+    /// before the view is exposed again in any case.
+    Coalesced,
     /// Nothing is freed: for guests that flip the same pages all the time. A page that comes back to
     /// a view may show what it held there before.
     Keep,
@@ -40,6 +45,8 @@ pub struct BackendConfig {
     pub discard: Discard,
     /// The state that pages start in: undecided, or private where the guest's launch demands it.
     pub start: PageState,
+    /// Lazy attributes: a private touch of an undecided page decides the chunk around it.
+    pub lazy: Option<Chunk>,
     /// A number of the user's, for its listener.
     pub tag: usize,
 }
@@ -56,6 +63,8 @@ pub struct Backend {
     unpunched: Mutex<Unpunched>,
     /// Pages whose attributes may not follow their state: setting them back has failed.
     unsure: Mutex<PageSet<FileSpace>>,
+    /// With lazy attributes.
+    reach: Option<Mutex<Reach>>,
     pub(crate) counters: Counters,
 }
 
@@ -66,6 +75,10 @@ struct Unpunched {
 }
 
 impl Unpunched {
+    fn bytes(&self) -> u64 {
+        self.shared.bytes() + self.private.bytes()
+    }
+
     fn of(&mut self, view: View) -> &mut PageSet<FileSpace> {
         match view {
             View::Shared => &mut self.shared,
@@ -95,6 +108,7 @@ impl ByView {
 pub(crate) struct Counters {
     pub(crate) conversions: ByView,
     pub(crate) converted_pages: ByView,
+    pub(crate) pages_along: AtomicU64,
     pub(crate) faults: ByView,
     pub(crate) hypercalls: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -115,6 +129,8 @@ pub struct BackendStats {
     pub converted_to_shared: u64,
     /// Bytes moved to the private view.
     pub converted_to_private: u64,
+    /// Bytes that lazy attributes made private along with others that were asked for.
+    pub converted_along: u64,
     /// Memory faults that asked for the shared view.
     pub faults_shared: u64,
     /// Memory faults that asked for the private view.
@@ -125,6 +141,12 @@ pub struct BackendStats {
     pub refused: u64,
     /// Bytes whose hole is still to be punched.
     pub unpunched: u64,
+}
+
+/// Bytes of holes that may wait in a backend of this size: little beside what it holds, and enough
+/// for holes to find neighbours.
+fn backlog_limit(size: u64) -> u64 {
+    (size / 128).clamp(2 << 20, 64 << 20)
 }
 
 impl Backend {
@@ -138,6 +160,7 @@ impl Backend {
             id,
             pages,
             states: Mutex::new(states),
+            reach: config.lazy.map(|chunk| Mutex::new(Reach::new(chunk))),
             config,
             backing: Mutex::new(Arc::new(backing)),
             unpunched: Mutex::default(),
@@ -240,10 +263,6 @@ impl Backend {
             let states = self.states.lock();
             PageState::ALL.map(|state| states.count(state) * PAGE_SIZE)
         };
-        let unpunched = {
-            let unpunched = self.unpunched.lock();
-            unpunched.shared.bytes() + unpunched.private.bytes()
-        };
         BackendStats {
             state_bytes,
             // A file that cannot be asked is shown as empty: a query must not fail for it.
@@ -252,11 +271,12 @@ impl Backend {
             conversions_to_private: get(&counters.conversions.private),
             converted_to_shared: get(&counters.converted_pages.shared) * PAGE_SIZE,
             converted_to_private: get(&counters.converted_pages.private) * PAGE_SIZE,
+            converted_along: get(&counters.pages_along) * PAGE_SIZE,
             faults_shared: get(&counters.faults.shared),
             faults_private: get(&counters.faults.private),
             hypercalls: get(&counters.hypercalls),
             refused: get(&counters.refused),
-            unpunched,
+            unpunched: self.unpunched_bytes(),
         }
     }
 
@@ -280,10 +300,73 @@ impl Backend {
         self.unpunched.lock().of(view).insert(pages);
     }
 
-    /// Punches what is left to punch, so that the view can be exposed.
+    /// Takes a hole for the worker, if there is room.
+    pub(crate) fn queue(&self, pages: FilePages, view: View) -> Queued {
+        let limit = backlog_limit(self.config.size);
+        let mut unpunched = self.unpunched.lock();
+        let before = unpunched.bytes();
+        let after = before + pages.bytes();
+        if after > limit {
+            return Queued::Full;
+        }
+        unpunched.of(view).insert(pages);
+        match (before == 0, before < limit / 2 && after >= limit / 2) {
+            (_, true) => Queued::Much,
+            (true, _) => Queued::First,
+            _ => Queued::More,
+        }
+    }
+
+    /// Bytes whose hole is still to be punched.
+    pub(crate) fn unpunched_bytes(&self) -> u64 {
+        self.unpunched.lock().bytes()
+    }
+
+    /// The first of some pages whose hole is still to be punched.
+    pub(crate) fn first_unpunched(&self, pages: FilePages, view: View) -> Option<FilePages> {
+        self.unpunched.lock().of(view).first_in(pages)
+    }
+
+    /// Punches what is left to punch, so that the view can be exposed. The caller has claimed the
+    /// pages.
     pub(crate) fn prepare(&self, pages: FilePages, view: View) -> Result<()> {
-        let left = self.unpunched.lock().of(view).within(pages);
-        left.into_iter().try_for_each(|hole| self.punch(hole, view))
+        while let Some(hole) = self.first_unpunched(pages, view) {
+            self.punch(hole, view)?;
+        }
+        Ok(())
+    }
+
+    /// Those of some pages that have data in a view.
+    pub(crate) fn data_within(&self, pages: FilePages, view: View) -> Result<Vec<FilePages>> {
+        let backing = self.backing();
+        let mut found = Vec::new();
+        let mut rest = Some(pages);
+        while let Some(pages) = rest {
+            let data = backing.file(view).first_data(pages);
+            let data = data.map_err(|source| Error::FindData {
+                backend: self.config.name.clone(),
+                pages,
+                view,
+                source,
+            })?;
+            let Some(data) = data else { break };
+            found.push(data);
+            rest = FilePages::new(data.end(), pages.end());
+        }
+        Ok(found)
+    }
+
+    /// The undecided pages around one of them, as far as a touch of it reaches inside a range. None
+    /// without lazy attributes, or if the page is decided.
+    pub(crate) fn undecided_around(&self, page: u64, within: FilePages) -> Option<FilePages> {
+        let reach = self.reach.as_ref()?;
+        let states = self.states.lock();
+        if states.get(page) != PageState::Undecided {
+            return None;
+        }
+        let chunk = reach.lock().chunk(page, within);
+        let mut runs = states.runs(chunk);
+        runs.find_map(|(run, _)| run.contains(page).then_some(run))
     }
 
     /// Starts over with another private file; all pages are in the state that they started in. The

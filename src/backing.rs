@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::io::retry_on_intr;
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::addr::FilePages;
 use crate::state::View;
@@ -29,6 +29,9 @@ pub trait ViewFile: Debug + Send + Sync {
 
     /// Frees the pages; they read zero if they are allocated again.
     fn punch_hole(&self, pages: FilePages) -> io::Result<()>;
+
+    /// The first of these pages that have data, which are those that are no hole.
+    fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>>;
 
     /// Allocated bytes as the kernel accounts them for the file. 0 for every guest_memfd: the kernel
     /// does not tell.
@@ -65,6 +68,21 @@ impl ViewFile for KernelFile {
             rustix::fs::fallocate(&self.0, flags, pages.start_bytes(), pages.bytes())
         })?;
         Ok(())
+    }
+
+    fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
+        let seek = |from| retry_on_intr(|| rustix::fs::seek(&self.0, from));
+        let data = match seek(SeekFrom::Data(pages.start_bytes())) {
+            // No data from here to the end of the file.
+            Err(Errno::NXIO) => return Ok(None),
+            data => data?,
+        };
+        if data >= pages.start_bytes() + pages.bytes() {
+            return Ok(None);
+        }
+        let hole = seek(SeekFrom::Hole(data))?;
+        let data = FilePages::covering_bytes(data, hole.saturating_sub(data));
+        Ok(data.and_then(|data| data.intersection(pages)))
     }
 
     fn allocated(&self) -> io::Result<u64> {

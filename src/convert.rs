@@ -19,6 +19,23 @@ use crate::moves::{Moves, Run};
 use crate::state::{PageState, View};
 use crate::vm::Vm;
 use crate::window::{Part, Window};
+use crate::worker::Queued;
+
+/// What becomes of undecided pages next to those that are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Neighbours {
+    /// A request for exactly these pages.
+    Stay,
+    /// A private touch: those around it are decided with it, as lazy attributes have it.
+    GoAlong,
+}
+
+/// What a request may move.
+struct Claimed<'a> {
+    windows: Vec<(Arc<Backend>, FilePages)>,
+    along: Option<(Arc<Backend>, FilePages)>,
+    _claim: Claim<'a>,
+}
 
 impl Vm {
     /// Makes the pages of a range of guest physical space private or shared. Returns how many pages
@@ -27,17 +44,33 @@ impl Vm {
     /// Parts that no backend owns take part if the listener says so. On an error nothing has
     /// changed.
     pub fn convert(&self, guest: GuestPages, to: View) -> Result<u64> {
+        self.convert_with(guest, to, Neighbours::Stay)
+    }
+
+    pub(crate) fn convert_with(
+        &self,
+        guest: GuestPages,
+        to: View,
+        neighbours: Neighbours,
+    ) -> Result<u64> {
         if self.is_already(guest, to) {
             return Ok(0);
         }
         let told = Told::begin(self.listener.as_ref());
-        let (windows, _claim) = self.claim_windows(guest, to)?;
-        for (backend, pages) in &windows {
+        let claimed = self.claim_windows(guest, to, neighbours)?;
+        for (backend, pages) in claimed.windows.iter().chain(&claimed.along) {
             self.make_sure(backend, *pages)?;
         }
-        let mut moves = Moves::mark(&windows, |state| state != to.into());
+        let mut moves = Moves::mark(&claimed.windows, |state| state != to.into());
+        if moves.is_empty() {
+            // Somebody else has moved them while this request waited.
+            return Ok(0);
+        }
+        if let Some((backend, pages)) = &claimed.along {
+            moves.mark_along(backend, *pages);
+        }
         match to {
-            View::Private => self.to_private(&moves, &told)?,
+            View::Private => self.to_private(&mut moves, &told)?,
             View::Shared => self.to_shared(&moves, &told)?,
         }
         let pages = moves.pages();
@@ -61,17 +94,22 @@ impl Vm {
     }
 
     /// Checks a request completely, and claims its pages.
-    #[allow(clippy::type_complexity)] // a pair of what it is called after
     fn claim_windows(
         &self,
         guest: GuestPages,
         to: View,
-    ) -> Result<(Vec<(Arc<Backend>, FilePages)>, Claim<'_>)> {
+        neighbours: Neighbours,
+    ) -> Result<Claimed<'_>> {
         loop {
             let parts: Vec<Part> = self.windows.read().resolve(guest).collect();
             let windows = self.check(&parts, to)?;
-            let wanted: Vec<(BackendId, FilePages)> =
+            let along = match neighbours {
+                Neighbours::Stay => None,
+                Neighbours::GoAlong => self.undecided_around(guest),
+            };
+            let mut wanted: Vec<(BackendId, FilePages)> =
                 windows.iter().map(|w| (w.backend, w.file)).collect();
+            wanted.extend(along.iter().map(|(backend, pages)| (backend.id(), *pages)));
             let claim = self
                 .claims
                 .claim(&wanted, || self.listener.interrupted())
@@ -82,9 +120,22 @@ impl Vm {
                     .iter()
                     .filter_map(|w| Some((self.backend(w.backend)?, w.file)))
                     .collect();
-                return Ok((windows, claim));
+                return Ok(Claimed {
+                    windows,
+                    along,
+                    _claim: claim,
+                });
             }
         }
+    }
+
+    /// The pages around a range that nobody has decided, as far as a touch reaches. They lie in one
+    /// window with it.
+    fn undecided_around(&self, guest: GuestPages) -> Option<(Arc<Backend>, FilePages)> {
+        let (window, page) = self.windows.read().around(guest)?;
+        let backend = self.backend(window.backend)?;
+        let pages = backend.undecided_around(page, window.file)?;
+        Some((backend, pages))
     }
 
     fn check(&self, parts: &[Part], to: View) -> Result<Vec<Window>> {
@@ -107,8 +158,8 @@ impl Vm {
         Ok(windows)
     }
 
-    fn to_private(&self, moves: &Moves, told: &Told<'_>) -> Result<()> {
-        let runs = moves.runs(|_| true);
+    fn to_private(&self, moves: &mut Moves, told: &Told<'_>) -> Result<()> {
+        let runs = moves.all_runs();
         for run in &runs {
             run.backend.prepare(run.pages, View::Private)?;
         }
@@ -116,17 +167,50 @@ impl Vm {
             told.discard(&run.backend, run.pages);
         }
         let Err(error) = self.set_attributes(&runs, View::Private) else {
-            self.leave(&runs, View::Shared);
+            self.leave_used_behind(moves, told);
+            // What went along is a hole in the shared view.
+            self.leave(&moves.runs(|_| true), View::Shared);
             return Ok(());
         };
         // The guest may have used the private view before it was taken back.
         self.leave(&runs, View::Private);
-        for run in &runs {
+        self.populate_again(&runs, told);
+        Err(error)
+    }
+
+    /// Pages that go along but have data in the shared view are in use there: they become shared
+    /// again. The attribute is set already, so nobody can begin to use one unseen.
+    fn leave_used_behind(&self, moves: &mut Moves, told: &Told<'_>) {
+        let mut used = Vec::new();
+        for run in moves.along() {
+            let backend = &run.backend;
+            let data = backend.data_within(run.pages, View::Shared);
+            let data = data.unwrap_or_else(|error| {
+                self.log_error(&error);
+                vec![run.pages]
+            });
+            used.extend(data.into_iter().map(|pages| Run {
+                backend: backend.clone(),
+                pages,
+            }));
+        }
+        if used.is_empty() {
+            return;
+        }
+        self.set_attributes_back(&used, View::Shared);
+        // The guest may have used the private view meanwhile.
+        self.leave(&used, View::Private);
+        self.populate_again(&used, told);
+        moves.leave_behind(&used, PageState::Shared);
+    }
+
+    /// Tells listeners that pages are the host's again, which cannot be helped if they refuse.
+    fn populate_again(&self, runs: &[Run], told: &Told<'_>) {
+        for run in runs {
             if let Err(lost) = told.populate(&run.backend, run.pages) {
                 self.log_error(&lost);
             }
         }
-        Err(error)
     }
 
     fn to_shared(&self, moves: &Moves, told: &Told<'_>) -> Result<()> {
@@ -218,8 +302,17 @@ impl Vm {
         for run in runs {
             match run.backend.config().discard {
                 Discard::Now => self.punch_or_remember(run, view),
+                Discard::Coalesced => self.queue_or_punch(run, view),
                 Discard::Keep => {}
             }
+        }
+    }
+
+    /// Leaves a hole to the worker, unless it has too much to do already.
+    fn queue_or_punch(&self, run: &Run, view: View) {
+        match run.backend.queue(run.pages, view) {
+            Queued::Full => self.punch_or_remember(run, view),
+            queued => self.worker.wake(queued),
         }
     }
 

@@ -78,6 +78,19 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A file did not tell which pages have data.
+    #[error("cannot look for data in {pages} of the {view} file of backend '{backend}': {source}")]
+    FindData {
+        /// Name of the backend.
+        backend: String,
+        /// The pages.
+        pages: FilePages,
+        /// Which file.
+        view: View,
+        /// Why not.
+        source: io::Error,
+    },
+
     /// A listener cannot use pages that were to be shared.
     #[error("a listener refused {pages} of backend '{backend}': {source}")]
     Listener {
@@ -129,6 +142,13 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The thread of `discard=coalesced` could not be started.
+    #[error("cannot start a thread for discards: {source}")]
+    Worker {
+        /// Why not.
+        source: io::Error,
+    },
+
     /// Two windows at one guest address.
     #[error(transparent)]
     Overlap(#[from] Overlap),
@@ -175,8 +195,10 @@ impl Error {
             Error::Gap { source, .. }
             | Error::SetAttributes { source, .. }
             | Error::Punch { source, .. }
+            | Error::FindData { source, .. }
             | Error::Listener { source, .. }
             | Error::CreateFile { source, .. }
+            | Error::Worker { source }
             | Error::Descriptor { source, .. } => {
                 source.raw_os_error().unwrap_or(Errno::IO.raw_os_error())
             }

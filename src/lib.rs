@@ -21,6 +21,7 @@ pub mod convert;
 pub mod error;
 #[allow(unsafe_code)] // the C border: raw pointers from C
 pub mod ffi;
+pub mod lazy;
 pub mod listener;
 mod moves;
 pub mod owner;
@@ -29,6 +30,7 @@ pub mod request;
 pub mod state;
 pub mod vm;
 pub mod window;
+mod worker;
 
 pub use addr::{FilePages, GuestPages, PAGE_SIZE};
 pub use backend::{Backend, BackendConfig, BackendStats, Discard};

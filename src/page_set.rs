@@ -2,53 +2,95 @@
 
 //! A set of pages that is mostly a few long ranges.
 
-use crate::addr::{Pages, merge_adjacent};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
-/// A set of pages, kept as disjoint sorted ranges.
+use crate::addr::{PAGE_SIZE, Pages};
+
+/// A set of pages, kept as disjoint ranges that do not touch.
 #[derive(Debug)]
 pub struct PageSet<S> {
-    ranges: Vec<Pages<S>>,
+    /// From the first page of a range to the page behind it.
+    ranges: BTreeMap<u64, u64>,
+    pages: u64,
+    space: PhantomData<S>,
 }
 
 impl<S> Default for PageSet<S> {
     fn default() -> Self {
-        Self { ranges: Vec::new() }
+        Self {
+            ranges: BTreeMap::new(),
+            pages: 0,
+            space: PhantomData,
+        }
     }
 }
 
-impl<S: Copy + Ord> PageSet<S> {
+impl<S: Copy> PageSet<S> {
     /// Adds pages; some may be in the set already.
     pub fn insert(&mut self, pages: Pages<S>) {
-        self.remove(pages);
-        let at = self.ranges.partition_point(|r| *r < pages);
-        self.ranges.insert(at, pages);
-        self.ranges = merge_adjacent(self.ranges.drain(..));
+        let (mut start, mut end) = (pages.start(), pages.end());
+        if let Some((&before, &its_end)) = self.ranges.range(..start).next_back()
+            && its_end >= start
+        {
+            start = before;
+        }
+        while let Some((&next, &its_end)) = self.ranges.range(start..=end).next() {
+            self.ranges.remove(&next);
+            self.pages -= its_end - next;
+            end = end.max(its_end);
+        }
+        self.ranges.insert(start, end);
+        self.pages += end - start;
     }
 
     /// Removes pages; some may not be in the set.
     pub fn remove(&mut self, pages: Pages<S>) {
-        if !self.ranges.iter().any(|r| r.overlaps(pages)) {
-            return;
+        while let Some((start, end)) = self.first_from(pages.start(), pages.end()) {
+            self.ranges.remove(&start);
+            self.pages -= end - start;
+            for (start, end) in [(start, pages.start()), (pages.end(), end)] {
+                if start < end {
+                    self.ranges.insert(start, end);
+                    self.pages += end - start;
+                }
+            }
         }
-        self.ranges = self
-            .ranges
-            .iter()
-            .flat_map(|r| r.minus(pages))
-            .flatten()
-            .collect();
     }
 
     /// Those of the given pages that are in the set.
     pub fn within(&self, pages: Pages<S>) -> Vec<Pages<S>> {
-        self.ranges
-            .iter()
-            .filter_map(|r| r.intersection(pages))
-            .collect()
+        let mut next = pages.start();
+        std::iter::from_fn(|| {
+            let found = self.first_in(Pages::new(next, pages.end())?)?;
+            next = found.end();
+            Some(found)
+        })
+        .collect()
     }
 
-    /// Bytes in the set.
+    /// The first range of the given pages that are in the set.
+    pub fn first_in(&self, pages: Pages<S>) -> Option<Pages<S>> {
+        let (start, end) = self.first_from(pages.start(), pages.end())?;
+        Pages::new(start.max(pages.start()), end.min(pages.end()))
+    }
+
+    /// The first range of the set that has pages from `start` up to but not including `end`.
+    fn first_from(&self, start: u64, end: u64) -> Option<(u64, u64)> {
+        let before = self.ranges.range(..start).next_back();
+        let before = before.filter(|(_, its_end)| **its_end > start);
+        let found = before.or_else(|| self.ranges.range(start..end).next());
+        found.map(|(start, end)| (*start, *end))
+    }
+
+    /// Is it empty?
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// Bytes in the set, without a scan.
     pub fn bytes(&self) -> u64 {
-        self.ranges.iter().map(|r| r.bytes()).sum()
+        self.pages * PAGE_SIZE
     }
 }
 
@@ -78,7 +120,9 @@ mod tests {
                 }
             }
             prop_assert_eq!(set.bytes(), model.len() as u64 * crate::PAGE_SIZE);
-            prop_assert!(set.ranges.windows(2).all(|w| w[0].end() < w[1].start()));
+            let ranges: Vec<_> = set.ranges.iter().collect();
+            prop_assert!(ranges.windows(2).all(|w| w[0].1 < w[1].0));
+            prop_assert_eq!(set.is_empty(), model.is_empty());
             let asked = FilePages::new(from, from + length).unwrap();
             let found: Vec<u64> = set.within(asked).iter().flat_map(|r| r.start()..r.end()).collect();
             let expected: Vec<u64> = model.iter().copied().filter(|p| asked.contains(*p)).collect();

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use crate::addr::GuestPages;
 use crate::backend::Backend;
+use crate::convert::Neighbours;
 use crate::error::{Error, Result};
 use crate::state::View;
 use crate::vm::Vm;
@@ -46,9 +47,15 @@ impl Vm {
         if let Some(backend) = &backend {
             backend.counters.faults.add(to, 1);
         }
-        let result = match self.convert(guest, to) {
+        let neighbours = match to {
+            View::Private => Neighbours::GoAlong,
+            View::Shared => Neighbours::Stay,
+        };
+        let result = match self.convert_with(guest, to, neighbours) {
             // The window has changed meanwhile.
             Err(Error::Unbound { .. }) => self.convert(guest, View::Shared),
+            // There may be memory for a single page.
+            Err(Error::SetAttributes { .. }) => self.convert(guest, to),
             result => result,
         };
         count_refusal(backend.as_ref(), result)

@@ -2,7 +2,6 @@
 
 //! A VM: its owner, its backends, and where their pages appear.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use crate::addr::{FilePages, GuestPages};
-use crate::backend::{Backend, BackendConfig, BackendId};
+use crate::backend::{Backend, BackendConfig, BackendId, Discard};
 use crate::backing::{Backing, KernelFile, Mode, ViewFile};
 use crate::claim::{Claim, Claims};
 
@@ -19,6 +18,7 @@ use crate::listener::{Level, Listener, Told};
 use crate::owner::Owner;
 use crate::state::{PageState, View};
 use crate::window::{Window, WindowTable};
+use crate::worker::{self, Backends, Worker};
 
 /// A VM with backends. All functions may be called from any thread.
 ///
@@ -29,9 +29,10 @@ pub struct Vm {
     pub(crate) windows: RwLock<WindowTable>,
     /// Held while windows are added and removed, system calls included. No conversion takes it.
     layout: Mutex<()>,
-    backends: RwLock<BTreeMap<BackendId, Arc<Backend>>>,
+    backends: Arc<Backends>,
     next_backend: AtomicU32,
-    pub(crate) claims: Claims,
+    pub(crate) claims: Arc<Claims>,
+    pub(crate) worker: Worker,
     pub(crate) listener: Box<dyn Listener>,
 }
 
@@ -51,9 +52,10 @@ impl Vm {
             owner: RwLock::new(owner),
             windows: RwLock::default(),
             layout: Mutex::default(),
-            backends: RwLock::default(),
+            backends: Arc::default(),
             next_backend: AtomicU32::new(0),
-            claims: Claims::default(),
+            claims: Arc::default(),
+            worker: Worker::default(),
             listener,
         }
     }
@@ -92,6 +94,12 @@ impl Vm {
         config: BackendConfig,
         shared: Arc<dyn ViewFile>,
     ) -> Result<Arc<Backend>> {
+        check_lazy(&config, shared.as_ref())?;
+        if config.discard == Discard::Coalesced {
+            self.worker
+                .start(self.claims.clone(), self.backends.clone())
+                .map_err(|source| Error::Worker { source })?;
+        }
         let private = create_private_file(self.owner().as_ref(), &config)?;
         let backing = Backing::TwoFiles { private, shared };
         let id = BackendId(self.next_backend.fetch_add(1, Ordering::Relaxed));
@@ -111,6 +119,14 @@ impl Vm {
         let cleared = self.clear_stale_windows();
         self.backends.write().remove(&backend.id());
         cleared
+    }
+
+    /// Punches every hole that is still owed, so that the kernel's accounts show what the states
+    /// say. Returns the first error after all have been tried.
+    pub fn drain(&self) -> Result<()> {
+        let backends: Vec<_> = self.backends.read().values().cloned().collect();
+        let drained = backends.iter().map(|b| worker::drain(&self.claims, b));
+        drained.fold(Ok(()), Result::and)
     }
 
     /// For errors that no return value can carry.
@@ -274,6 +290,28 @@ impl Vm {
                 return claim;
             }
         }
+    }
+}
+
+/// Can lazy attributes be had as the backend is to be?
+fn check_lazy(config: &BackendConfig, shared: &dyn ViewFile) -> Result<()> {
+    if config.lazy.is_none() {
+        return Ok(());
+    }
+    let unsupported = |found: &str| {
+        Err(Error::Unsupported {
+            wanted: "lazy attributes".into(),
+            found: found.into(),
+        })
+    };
+    if config.start != PageState::Undecided {
+        return unsupported("all memory of this guest starts private");
+    }
+    let all = FilePages::from_bytes(0, config.size)?;
+    // One that is empty and has data all the same tells nothing.
+    match (shared.allocated(), shared.first_data(all)) {
+        (Ok(_), Ok(None)) | (Ok(1..), Ok(Some(_))) => Ok(()),
+        _ => unsupported("the file of the shared view cannot tell which pages have data"),
     }
 }
 

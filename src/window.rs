@@ -193,6 +193,13 @@ impl WindowTable {
         })
     }
 
+    /// The bound window that shows all of a range, and the backend's page at its start.
+    pub fn around(&self, guest: GuestPages) -> Option<(Window, u64)> {
+        let window = self.overlapping(guest).first()?;
+        let part = window.clip(guest)?;
+        (window.bound && part.guest == guest).then_some((*window, part.file.start()))
+    }
+
     /// Every place in guest physical space whose attributes follow these pages, stale ones too.
     pub fn places(&self, backend: BackendId, file: FilePages) -> Vec<GuestPages> {
         let stale = self.stale.iter().map(|stale| &stale.window);

@@ -108,6 +108,11 @@ impl ViewFile for FaultyFile {
         self.0.punch_hole(pages)
     }
 
+    fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
+        self.1.call()?;
+        self.0.first_data(pages)
+    }
+
     fn allocated(&self) -> io::Result<u64> {
         self.0.allocated()
     }
@@ -181,6 +186,16 @@ impl Machine {
     }
 
     fn with(discard: Discard, start: PageState) -> Self {
+        Self::build(discard, start, None)
+    }
+
+    /// Lazy attributes in chunks of eight pages.
+    fn lazy(discard: Discard) -> Self {
+        let chunk = lazy::Chunk::from_bytes(8 * PAGE_SIZE);
+        Self::build(discard, PageState::Undecided, chunk)
+    }
+
+    fn build(discard: Discard, start: PageState, lazy: Option<lazy::Chunk>) -> Self {
         let fault = Arc::new(Fault::default());
         let owner = Arc::new(SoftwareOwner::default());
         let mapper = Arc::new(Mapper {
@@ -198,6 +213,7 @@ impl Machine {
             mode: None,
             discard,
             start,
+            lazy,
             tag: 0,
         };
         let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
@@ -289,6 +305,14 @@ impl Machine {
         }
     }
 
+    /// A listener that could not map pages again is not told to let go either.
+    fn forgive_listener(&self) {
+        let mut mapped = self.mapper.mapped.lock();
+        for (mapped, state) in mapped.iter_mut().zip(self.states()) {
+            *mapped = state.host_may_use();
+        }
+    }
+
     /// The view that is exposed, per page, filled with a pattern of its own.
     fn fill(&self) -> Vec<u8> {
         (0..)
@@ -371,9 +395,10 @@ proptest! {
     /// pages that changed views empty, or none of it, with all data where it was.
     #[test]
     fn a_request_takes_effect_as_a_whole_or_not_at_all(
+        discard in prop_oneof![Just(Discard::Now), Just(Discard::Coalesced)],
         requests in prop::collection::vec((request(), 0u64..8), 1..25),
     ) {
-        let machine = Machine::new();
+        let machine = Machine::with(discard, PageState::Undecided);
         for (request, nth) in requests {
             let before = machine.states();
             let data = machine.fill();
@@ -385,6 +410,9 @@ proptest! {
             };
             let hit = nth != 0 && machine.fault.left() == 0;
             machine.fault.arm(0);
+            if discard == Discard::Coalesced {
+                machine.vm.drain().unwrap();
+            }
             machine.check_invariants();
             let after = machine.states();
             let exposed = machine.exposed();
@@ -429,11 +457,7 @@ proptest! {
             };
             machine.fault.arm(0);
             prop_assert!(machine.states().iter().all(|s| *s != PageState::Transition));
-            // A listener that could not map again is not told to let go either.
-            let mut mapped = machine.mapper.mapped.lock();
-            for (mapped, state) in mapped.iter_mut().zip(machine.states()) {
-                *mapped = state.host_may_use();
-            }
+            machine.forgive_listener();
         }
         for to in [View::Private, View::Shared] {
             for range in [guest(LOW, LOW + 16), guest(HIGH, HIGH + 8)] {
@@ -444,6 +468,254 @@ proptest! {
         prop_assert!(machine.exposed().iter().all(|byte| *byte == 0));
         prop_assert_eq!(machine.backend.stats().unpunched, 0);
     }
+}
+
+/// What guest and host do to memory with lazy attributes.
+#[derive(Clone, Debug)]
+enum Use {
+    /// A private touch of a guest page.
+    Touch(u64),
+    /// The host or the guest writes to a page of the shared view, if it may.
+    WriteShared(u64),
+    Ask(Request),
+}
+
+fn uses() -> impl Strategy<Value = Use> {
+    prop_oneof![
+        4 => prop_oneof![0u64..16, 20u64..28].prop_map(Use::Touch),
+        4 => (0..PAGES).prop_map(Use::WriteShared),
+        1 => request().prop_map(Use::Ask),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// A private touch makes its page private and may decide undecided ones around it; data that is
+    /// exposed stays so, and what was decided stays as it was, whichever call fails.
+    #[test]
+    fn a_private_touch_harms_no_page_next_to_it(
+        uses in prop::collection::vec((uses(), 0u64..10), 1..40),
+    ) {
+        let machine = Machine::lazy(Discard::Now);
+        for (number, (what, nth)) in (1..).zip(uses) {
+            let before = machine.states();
+            let data = machine.exposed();
+            match what {
+                Use::WriteShared(page) if before[page as usize].host_may_use() => {
+                    machine.write(View::Shared, page, number);
+                }
+                Use::WriteShared(_) => {}
+                Use::Ask(Request::Convert(guest, to)) => {
+                    let _ = machine.vm.convert(guest, to);
+                }
+                Use::Ask(Request::Discard(pages)) => {
+                    machine.vm.discard(&machine.backend, pages).unwrap();
+                }
+                Use::Touch(guest_page) => {
+                    let (touched, _) = at(guest_page).unwrap();
+                    machine.fault.arm(nth);
+                    let result = machine.vm.memory_fault(guest_page * PAGE_SIZE, PAGE_SIZE, true);
+                    machine.fault.arm(0);
+                    let after = machine.states();
+                    let exposed = machine.exposed();
+                    for page in 0..PAGES as usize {
+                        if result.is_ok() && page as u64 == touched {
+                            prop_assert_eq!(after[page], PageState::Private);
+                            continue;
+                        }
+                        let decided = before[page] != PageState::Undecided;
+                        let stays = decided || result.is_err() && nth == 0;
+                        prop_assert!(!stays || after[page] == before[page], "page {}", page);
+                        prop_assert_eq!(exposed[page], data[page], "data of page {}", page);
+                    }
+                    prop_assert!(nth != 0 || result.is_ok());
+                    // Where an attribute could not be set back, the next request puts it right.
+                    let shared = |page: &u64| after[*page as usize] == PageState::Shared;
+                    for page in (0..PAGES).filter(shared) {
+                        let at = if page < 16 { LOW + page } else { HIGH + page - 16 };
+                        machine.vm.memory_fault(at * PAGE_SIZE, PAGE_SIZE, false).unwrap();
+                    }
+                    machine.forgive_listener();
+                }
+            }
+            machine.check_invariants();
+        }
+    }
+}
+
+fn touch(machine: &Machine, page: u64) {
+    machine
+        .vm
+        .memory_fault(page * PAGE_SIZE, PAGE_SIZE, true)
+        .unwrap();
+}
+
+#[test]
+fn a_private_touch_decides_the_chunk_around_it() {
+    let machine = Machine::lazy(Discard::Now);
+    touch(&machine, 3);
+    let states = machine.backend.state_runs(machine.backend.pages());
+    assert_eq!(
+        states,
+        [
+            (file(0, 8), PageState::Private),
+            (file(8, 24), PageState::Undecided)
+        ]
+    );
+    let stats = machine.backend.stats();
+    assert_eq!(stats.converted_to_private, PAGE_SIZE);
+    assert_eq!(stats.converted_along, 7 * PAGE_SIZE);
+    machine.check_invariants();
+}
+
+#[test]
+fn pages_in_use_as_shared_are_found_after_the_attribute_is_set() {
+    let machine = Machine::lazy(Discard::Now);
+    machine.write(View::Shared, 5, 42);
+    touch(&machine, 3);
+    assert_eq!(machine.states()[5], PageState::Shared);
+    assert_eq!(machine.exposed()[5], 42);
+    assert_eq!(machine.states()[6], PageState::Private);
+    machine.check_invariants();
+}
+
+#[test]
+fn chunks_end_at_decided_pages_and_at_the_window() {
+    let machine = Machine::lazy(Discard::Now);
+    machine.vm.convert(guest(2, 3), View::Shared).unwrap();
+    touch(&machine, 4);
+    touch(&machine, 20);
+    let private = |page: usize| machine.states()[page] == PageState::Private;
+    assert!(!(0..3).any(private), "behind a page that is decided");
+    assert!((3..8).all(private));
+    assert!(!(8..16).any(private), "another chunk, another window");
+    assert!((16..24).all(private));
+    machine.check_invariants();
+}
+
+#[test]
+fn a_hypercall_and_a_shared_touch_decide_what_they_name_only() {
+    let machine = Machine::lazy(Discard::Now);
+    machine.vm.map_gpa_range(PAGE_SIZE, 1, 1 << 4).unwrap();
+    machine
+        .vm
+        .memory_fault(4 * PAGE_SIZE, PAGE_SIZE, false)
+        .unwrap();
+    let states = machine.states();
+    assert_eq!(states[1], PageState::Private);
+    assert_eq!(states[4], PageState::Shared);
+    let decided = states.iter().filter(|s| **s != PageState::Undecided);
+    assert_eq!(decided.count(), 2);
+}
+
+#[test]
+fn where_the_chunk_is_too_much_the_page_alone_becomes_private() {
+    let machine = Machine::lazy(Discard::Now);
+    machine.fault.arm(1);
+    touch(&machine, 3);
+    let private = machine
+        .states()
+        .iter()
+        .filter(|s| **s == PageState::Private)
+        .count();
+    assert_eq!(private, 1);
+    machine.check_invariants();
+}
+
+#[test]
+fn lazy_attributes_need_pages_that_start_undecided() {
+    let owner = Arc::new(SoftwareOwner::default());
+    let vm = Vm::new(owner, Box::new(MapperHandle(Arc::default())));
+    let config = BackendConfig {
+        name: "ram".into(),
+        size: PAGE_SIZE,
+        mode: None,
+        discard: Discard::Now,
+        start: PageState::Private,
+        lazy: Some(lazy::Chunk::default()),
+        tag: 0,
+    };
+    let error = vm.create_backend(config).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+}
+
+/// Waits for the worker.
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let start = std::time::Instant::now();
+    while !condition() {
+        assert!(
+            start.elapsed() < std::time::Duration::from_secs(10),
+            "{what}"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn coalesced_holes_are_punched_by_themselves_before_long() {
+    let machine = Machine::with(Discard::Coalesced, PageState::Undecided);
+    machine.fill();
+    for page in 0..8 {
+        machine
+            .vm
+            .convert(guest(page, page + 1), View::Private)
+            .unwrap();
+    }
+    until("punched", || {
+        (0..8).all(|page| machine.is_hole(View::Shared, page))
+    });
+    until("on record", || machine.backend.stats().unpunched == 0);
+}
+
+#[test]
+fn a_coalesced_hole_is_punched_before_its_page_is_seen_again() {
+    let machine = Machine::with(Discard::Coalesced, PageState::Undecided);
+    for round in 1..50 {
+        machine.write(View::Shared, 3, round);
+        machine.vm.convert(guest(3, 4), View::Private).unwrap();
+        assert_eq!(machine.exposed()[3], 0);
+        machine.write(View::Private, 3, round);
+        machine.vm.convert(guest(3, 4), View::Shared).unwrap();
+        assert_eq!(machine.exposed()[3], 0);
+    }
+    machine.vm.drain().unwrap();
+    assert_eq!(machine.backend.stats().unpunched, 0);
+    machine.check_invariants();
+}
+
+#[test]
+fn the_worker_tries_again_what_it_could_not_punch() {
+    let machine = Machine::with(Discard::Coalesced, PageState::Undecided);
+    machine.write(View::Shared, 16, 1);
+    machine.vm.convert(guest(20, 21), View::Private).unwrap();
+    // From here on every call fails. It may have come too late for the hole, which is as well.
+    machine.fault.arm_lasting(1);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    machine.fault.arm(0);
+    until("punched", || machine.backend.stats().unpunched == 0);
+    assert!(machine.is_hole(View::Shared, 16));
+}
+
+#[test]
+fn draining_tells_what_cannot_be_punched_and_does_the_rest() {
+    let machine = Machine::new();
+    for page in [1, 5] {
+        machine.write(View::Shared, page, 1);
+        // Calls: the attributes of two windows, then the punch.
+        machine.fault.arm(3);
+        machine
+            .vm
+            .convert(guest(page, page + 1), View::Private)
+            .unwrap();
+    }
+    assert_eq!(machine.backend.stats().unpunched, 2 * PAGE_SIZE);
+    machine.fault.arm(1);
+    let error = machine.vm.drain().unwrap_err();
+    assert!(matches!(error, Error::Punch { .. }), "{error}");
+    assert_eq!(machine.backend.stats().unpunched, PAGE_SIZE);
+    machine.vm.drain().unwrap();
+    machine.check_invariants();
 }
 
 #[test]
@@ -624,11 +896,15 @@ fn under_a_new_owner_pages_that_start_private_start_empty() {
 
 #[test]
 fn vcpus_that_convert_the_same_pages_at_once_leave_a_sound_state() {
-    let machine = Machine::new();
+    for discard in [Discard::Now, Discard::Coalesced] {
+        convert_the_same_pages_at_once(&Machine::lazy(discard));
+    }
+}
+
+fn convert_the_same_pages_at_once(machine: &Machine) {
     machine.fault.slow_down();
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
-            let machine = &machine;
             scope.spawn(move || {
                 for i in 0..300u64 {
                     let start = (i * 5 + thread * 3) % 14;
@@ -638,6 +914,7 @@ fn vcpus_that_convert_the_same_pages_at_once_leave_a_sound_state() {
                         View::Shared
                     };
                     machine.vm.convert(guest(start, start + 2), to).unwrap();
+                    touch(machine, start);
                     if i % 16 == 0 {
                         machine.vm.discard(&machine.backend, file(8, 20)).unwrap();
                     }
@@ -645,6 +922,7 @@ fn vcpus_that_convert_the_same_pages_at_once_leave_a_sound_state() {
             });
         }
     });
+    machine.vm.drain().unwrap();
     machine.check_invariants();
 }
 

@@ -9,6 +9,7 @@ use super::{Failure, Out, check_ref, guard, guard_value};
 use crate::addr::PAGE_SIZE;
 use crate::backend::{BackendConfig, Discard};
 use crate::backing::Mode;
+use crate::lazy::Chunk;
 use crate::state::{PageState, View};
 
 /// Creates a backend and its files.
@@ -59,6 +60,7 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
         discard: match config.discard {
             GUESTMEMFD_DISCARD_NOW => Discard::Now,
             GUESTMEMFD_DISCARD_KEEP => Discard::Keep,
+            GUESTMEMFD_DISCARD_COALESCED => Discard::Coalesced,
             other => {
                 return Err(Failure::Argument(format!("unknown discard policy {other}")));
             }
@@ -67,8 +69,29 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
             true => PageState::Private,
             false => PageState::Undecided,
         },
+        lazy: lazy_chunk(config)?,
         tag: config.opaque.expose_provenance(),
     })
+}
+
+fn lazy_chunk(config: &guestmemfd_backend_config) -> Result<Option<Chunk>, Failure> {
+    let chunk = match config.lazy_chunk {
+        0 => Chunk::default(),
+        bytes => Chunk::from_bytes(bytes).ok_or_else(|| {
+            Failure::Argument(format!(
+                "the chunk of lazy attributes, {bytes:#x} bytes, is not a power of two of \
+                 {PAGE_SIZE:#x} or more"
+            ))
+        })?,
+    };
+    match config.lazy {
+        GUESTMEMFD_LAZY_AUTO => Ok((!config.start_private).then_some(chunk)),
+        GUESTMEMFD_LAZY_ON => Ok(Some(chunk)),
+        GUESTMEMFD_LAZY_OFF => Ok(None),
+        other => Err(Failure::Argument(format!(
+            "unknown choice {other} of lazy attributes"
+        ))),
+    }
 }
 
 /// Frees a backend, whose windows must have been removed. NULL is allowed.
@@ -160,6 +183,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             conversions_to_shared: stats.conversions_to_shared,
             converted_to_private_bytes: stats.converted_to_private,
             converted_to_shared_bytes: stats.converted_to_shared,
+            converted_along_bytes: stats.converted_along,
             hypercalls: stats.hypercalls,
             faults_private: stats.faults_private,
             faults_shared: stats.faults_shared,
@@ -167,6 +191,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             unpunched_bytes: stats.unpunched,
             mode: mode_number(backend.mode()),
             discard: discard_number(backend.config().discard),
+            lazy_chunk: backend.config().lazy.map_or(0, Chunk::bytes),
         });
         Ok(())
     })

@@ -8,7 +8,7 @@ use crate::backing::Mode;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 1;
+pub const GUESTMEMFD_ABI: u32 = 2;
 
 /// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
 /// cannot carry a guest_memfd.
@@ -42,6 +42,17 @@ pub type guestmemfd_discard = u32;
 pub const GUESTMEMFD_DISCARD_NOW: guestmemfd_discard = 0;
 /// It is not freed.
 pub const GUESTMEMFD_DISCARD_KEEP: guestmemfd_discard = 1;
+/// Its hole is punched with others next to it, by a thread of the library.
+pub const GUESTMEMFD_DISCARD_COALESCED: guestmemfd_discard = 2;
+
+/// Does a private touch of an undecided page decide the pages around it: one of GUESTMEMFD_LAZY_*.
+pub type guestmemfd_lazy = u32;
+/// Yes, unless pages start private.
+pub const GUESTMEMFD_LAZY_AUTO: guestmemfd_lazy = 0;
+/// Yes, or the backend is refused.
+pub const GUESTMEMFD_LAZY_ON: guestmemfd_lazy = 1;
+/// No.
+pub const GUESTMEMFD_LAZY_OFF: guestmemfd_lazy = 2;
 
 /// What a backend is to be.
 #[repr(C)]
@@ -57,6 +68,11 @@ pub struct guestmemfd_backend_config {
     pub discard: guestmemfd_discard,
     /// Pages start private (SEV-SNP, TDX) instead of undecided.
     pub start_private: bool,
+    /// Lazy attributes.
+    pub lazy: guestmemfd_lazy,
+    /// How many bytes the first private touch of undecided pages decides: a power of two, not less
+    /// than 4096; 0 leaves the choice to the library.
+    pub lazy_chunk: u64,
     /// Passed to guestmemfd_callbacks.populate and discard.
     pub opaque: *mut c_void,
 }
@@ -85,6 +101,8 @@ pub struct guestmemfd_stats {
     pub converted_to_private_bytes: u64,
     /// Bytes moved to the shared view.
     pub converted_to_shared_bytes: u64,
+    /// Bytes that lazy attributes made private along with others that were asked for.
+    pub converted_along_bytes: u64,
     /// Requests by hypercall, refused ones too.
     pub hypercalls: u64,
     /// Memory faults that asked for the private view.
@@ -99,6 +117,8 @@ pub struct guestmemfd_stats {
     pub mode: guestmemfd_mode,
     /// Discard policy.
     pub discard: guestmemfd_discard,
+    /// Bytes of the chunk of lazy attributes; 0 without them.
+    pub lazy_chunk: u64,
 }
 
 pub(super) fn mode_number(mode: Mode) -> guestmemfd_mode {
@@ -112,5 +132,6 @@ pub(super) fn discard_number(discard: Discard) -> guestmemfd_discard {
     match discard {
         Discard::Now => GUESTMEMFD_DISCARD_NOW,
         Discard::Keep => GUESTMEMFD_DISCARD_KEEP,
+        Discard::Coalesced => GUESTMEMFD_DISCARD_COALESCED,
     }
 }

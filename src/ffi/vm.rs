@@ -158,6 +158,17 @@ pub unsafe extern "C" fn guestmemfd_vm_commit_windows(
     })
 }
 
+/// Punches every hole that is still owed, so that the memory which the kernel accounts is what the
+/// states say: before a pause or a report that somebody compares. An error is the first; all are
+/// tried.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_vm_drain(
+    vm: *const guestmemfd_vm,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || Ok(check_ref(vm, "vm")?.vm.drain()?))
+}
+
 /// Does any part of the range lie in a window? Any numbers are allowed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_owns(vm: *const guestmemfd_vm, gpa: u64, size: u64) -> bool {

@@ -41,8 +41,9 @@ fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()
         ("SHUTDOWN", Some("guest-shutdown")) => {}
         ("STOP", _) => bail!("the guest was stopped: status {}", status(qemu)?),
         (name, reason) => bail!(
-            "the guest did not end itself: {name}, {}",
-            reason.unwrap_or("")
+            "the guest did not end itself: {name}, {}\n{}",
+            reason.unwrap_or(""),
+            qemu.last_reset()
         ),
     }
     // The event is sent before the vCPUs have stopped.

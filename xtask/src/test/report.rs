@@ -55,6 +55,7 @@ pub(crate) struct Tap {
     planned: Option<u64>,
     tally: Tally,
     bad: Vec<String>,
+    last_failed: bool,
 }
 
 impl Tap {
@@ -64,8 +65,10 @@ impl Tap {
             self.planned = rest.split(' ').next().and_then(|count| count.parse().ok());
         } else if let Some(rest) = line.strip_prefix("not ok") {
             self.tally.failed += 1;
+            self.last_failed = true;
             self.bad.push(name(rest).to_owned());
         } else if line == "ok" || line.starts_with("ok ") {
+            self.last_failed = false;
             let (_, comment) = line.split_once('#').unwrap_or_default();
             let skip = comment
                 .trim_start()
@@ -80,6 +83,11 @@ impl Tap {
             self.tally.failed += 1;
             self.bad.push(format!("bailed out: {}", why.trim()));
         }
+    }
+
+    /// Was the last result that has come a failure?
+    pub(crate) fn last_failed(&self) -> bool {
+        self.last_failed
     }
 
     /// How many results have come, and how many are to come in all.

@@ -268,7 +268,9 @@ fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
     if total > 0 {
         step.amount(done, total);
     }
-    if line.starts_with("not ok") || line.starts_with("Bail out!") {
+    // The reason follows in comments.
+    let of_failure = tap.last_failed() && line.starts_with('#');
+    if of_failure || line.starts_with("not ok") || line.starts_with("Bail out!") {
         step.note(line);
     }
 }
