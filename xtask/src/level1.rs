@@ -170,8 +170,10 @@ impl Lab {
         .args(["-L", &self.firmware.to_string_lossy()])
         .args(["-kernel", &self.kernel.image.to_string_lossy()])
         .args(["-initrd", &self.image.to_string_lossy()])
-        // The kernel speaks on the serial port, the job on the virtio console.
-        .args(["-append", "console=ttyS0 loglevel=5 panic=-1"])
+        // The kernel speaks on the serial port, the job on the virtio console. On a busy machine a
+        // virtual CPU can pause for so long that the kernel takes the TSC for unstable; changing
+        // the clock source then, it waits in stop_machine() for a CPU that is in the TSC's watchdog.
+        .args(["-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable"])
         .args([
             "-serial",
             &format!("file:{}", folder.join("console").display()),

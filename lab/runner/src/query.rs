@@ -34,11 +34,14 @@ pub(crate) struct Backend {
     pub(crate) conversions_to_shared: u64,
     pub(crate) converted_to_private_bytes: u64,
     pub(crate) converted_to_shared_bytes: u64,
+    pub(crate) converted_along_bytes: u64,
     pub(crate) hypercalls: u64,
     pub(crate) faults_private: u64,
     pub(crate) faults_shared: u64,
     pub(crate) refused: u64,
     pub(crate) unpunched_bytes: u64,
+    /// Without lazy attributes there is none.
+    pub(crate) lazy_chunk: Option<u64>,
 }
 
 impl Backend {

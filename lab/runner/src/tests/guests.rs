@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The conformance guest's scenarios, and whether QEMU counted what the guest did.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed};
@@ -32,16 +32,14 @@ pub(super) fn tests() -> Vec<Test> {
     // Two of some twenty runs ended in a reset of the guest, for a reason that is not known yet.
     let above = Test::new("guest/memory-above-4g", strict, memory_above_4g);
     tests.push(above.only_in_full());
-    tests.push(Test::new(
-        "guest/keep-hypercall-1",
-        &[Need::PrivateMemory],
-        keep,
-    ));
-    tests.push(Test::new(
-        "guest/upstream-hypercall-1",
-        &[Need::PrivateMemory],
-        upstream,
-    ));
+    for smp in [1, 4] {
+        let name = format!("guest/fault-lazy-{smp}");
+        tests.push(Test::new(name, strict, move |context| lazy(context, smp)));
+    }
+    let private = &[Need::PrivateMemory];
+    tests.push(Test::new("guest/keep-hypercall-1", private, keep));
+    tests.push(Test::new("guest/coalesced-4", strict, coalesced));
+    tests.push(Test::new("guest/upstream-hypercall-1", private, upstream));
     tests
 }
 
@@ -51,10 +49,18 @@ pub(super) fn strict(scenario: Scenario) -> Result<Option<Strict>> {
     needed.then(Strict::on).transpose()
 }
 
-/// The guest of a test: in strict mode only where it must be, so that both rules are tested.
+/// The guest of a test: in strict mode only where it must be, so that both rules are tested. Its
+/// pages are converted one by one, so that the guest knows what QEMU must have counted.
 pub(super) fn guest_vm(context: &Context, scenario: Scenario, smp: u32) -> Vm {
     let strict = scenario.needs().contains(&Need::StrictMode);
-    Vm::conformance(&context.files, scenario, strict, SIZE, smp)
+    let vm = Vm::conformance(&context.files, scenario, strict, SIZE, smp);
+    with_properties(vm, "lazy-attributes=off")
+}
+
+/// With these properties of the backend.
+pub(super) fn with_properties(vm: Vm, properties: &str) -> Vm {
+    let size = vm.size.0;
+    vm.with_backend(&format!("{BACKEND},id=ram0,size={size},{properties}"))
 }
 
 fn run(context: &Context, scenario: Scenario, smp: u32) -> Result<()> {
@@ -75,7 +81,7 @@ fn run_vm(context: &Context, vm: &Vm) -> Result<(Backend, Tap)> {
         "{cpus} CPUs after the guest's end"
     );
     let backend = query::backend(&mut qemu.qmp)?;
-    if backend.discard == "now" {
+    if backend.discard != "keep" {
         freed::files_match(&backend, qemu.pid())?;
     }
     let tap = guest::finish(&mut qemu)?;
@@ -88,6 +94,7 @@ fn run_vm(context: &Context, vm: &Vm) -> Result<(Backend, Tap)> {
 fn all_in_strict_mode(context: &Context) -> Result<()> {
     let _strict = Strict::on()?;
     let vm = Vm::conformance(&context.files, Scenario::All, true, SIZE, 4);
+    let vm = with_properties(vm, "lazy-attributes=off");
     let (backend, tap) = run_vm(context, &vm)?;
     agrees(Scenario::All, &backend, &tap)?;
     caused(Scenario::Hypercall, &backend)
@@ -97,19 +104,55 @@ fn all_in_strict_mode(context: &Context) -> Result<()> {
 fn memory_above_4g(context: &Context) -> Result<()> {
     let _strict = Strict::on()?;
     let vm = Vm::conformance(&context.files, Scenario::All, true, Size(3 << 30), 2);
+    let vm = with_properties(vm, "lazy-attributes=off");
     let (backend, tap) = run_vm(context, &vm)?;
     agrees(Scenario::All, &backend, &tap)
 }
 
 /// A backend that frees nothing, and a guest that knows.
 fn keep(context: &Context) -> Result<()> {
-    let mut vm = guest_vm(context, Scenario::Hypercall, 1)
-        .with_backend(&format!("{BACKEND},id=ram0,size={},discard=keep", SIZE.0));
+    let vm = guest_vm(context, Scenario::Hypercall, 1);
+    let mut vm = with_properties(vm, "discard=keep");
     if let Some((_, append)) = &mut vm.kernel {
         append.push_str(" discard=keep");
     }
     let (backend, tap) = run_vm(context, &vm)?;
     agrees(Scenario::Hypercall, &backend, &tap)
+}
+
+/// Holes that a thread punches: content and memory must be right all the same.
+fn coalesced(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = Vm::conformance(&context.files, Scenario::All, true, SIZE, 4);
+    let mut vm = with_properties(vm, "lazy-attributes=off,discard=coalesced");
+    if let Some((_, append)) = &mut vm.kernel {
+        append.push_str(" discard=coalesced");
+    }
+    let (backend, tap) = run_vm(context, &vm)?;
+    agrees(Scenario::All, &backend, &tap)
+}
+
+/// Lazy attributes, as they are by default: pages next to those that the guest touches become
+/// private with them, which it does not know. It finds its data all the same.
+fn lazy(context: &Context, smp: u32) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = Vm::conformance(&context.files, Scenario::Fault, true, SIZE, smp);
+    let (backend, tap) = run_vm(context, &vm)?;
+    caused(Scenario::Fault, &backend)?;
+    ensure!(
+        backend.lazy_chunk == Some(2 << 20) && backend.converted_along_bytes > 0,
+        "no page went along: {backend:?}"
+    );
+    let said = |name| tap.note(name).with_context(|| format!("no {name}"));
+    ensure!(
+        backend.faults_private < said("faults-private")?,
+        "pages that went along saved no fault: {backend:?}"
+    );
+    ensure!(
+        backend.private_bytes / 4096 >= said("private-pages")?,
+        "{backend:?}"
+    );
+    Ok(())
 }
 
 /// Nothing is under way or owed after the end.

@@ -22,7 +22,7 @@ pub(super) fn tests() -> Vec<Test> {
 /// Wrong for every VM: shown on one that has private memory, so that nothing else is wrong.
 fn bad_properties() -> Vec<Test> {
     // Name, object, and words of which the message must contain one.
-    let cases: [(&str, String, &[&str]); 10] = [
+    let cases: [(&str, String, &[&str]); 12] = [
         ("size-zero", backend("size=0"), &["doesn't take value '0'"]),
         (
             "size-absent",
@@ -55,6 +55,16 @@ fn bad_properties() -> Vec<Test> {
             "discard-unknown",
             backend("size=256M,discard=never"),
             &["never"],
+        ),
+        (
+            "lazy-attributes-unknown",
+            backend("size=256M,lazy-attributes=maybe"),
+            &["maybe"],
+        ),
+        (
+            "lazy-chunk-odd",
+            backend("size=256M,lazy-chunk=3M"),
+            &["lazy-chunk", "power of two"],
         ),
         ("mode-mapped", backend("size=256M,mode=mapped"), &["mapped"]),
     ];

@@ -48,7 +48,7 @@ pub(super) fn tests() -> Vec<Test> {
 }
 
 /// Properties that must be refused, with a word that the message must contain.
-fn bad_objects() -> [(Value, &'static str); 8] {
+fn bad_objects() -> [(Value, &'static str); 10] {
     [
         (json!({"size": 0}), "size"),
         (json!({}), "size"),
@@ -58,6 +58,11 @@ fn bad_objects() -> [(Value, &'static str); 8] {
         (json!({"size": 1 << 20, "mode": "sideways"}), "sideways"),
         (json!({"size": 1 << 20, "mode": "mapped"}), "mapped"),
         (json!({"size": 1 << 20, "discard": "never"}), "never"),
+        (
+            json!({"size": 1 << 20, "lazy-attributes": "maybe"}),
+            "maybe",
+        ),
+        (json!({"size": 1 << 20, "lazy-chunk": 2048}), "power of two"),
     ]
 }
 
