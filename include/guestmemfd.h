@@ -68,6 +68,12 @@ typedef uint32_t guestmemfd_discard;
 typedef uint32_t guestmemfd_lazy;
 
 /**
+ * Which pages are allocated as soon as a hypercall has made them private: one of
+ * GUESTMEMFD_PREFAULT_*. It takes the callback of that name.
+ */
+typedef uint32_t guestmemfd_prefault;
+
+/**
  * What a backend is to be.
  */
 typedef struct guestmemfd_backend_config {
@@ -100,6 +106,10 @@ typedef struct guestmemfd_backend_config {
      * than 4096; 0 leaves the choice to the library.
      */
     uint64_t lazy_chunk;
+    /**
+     * Whether pages that have become private are allocated at once.
+     */
+    guestmemfd_prefault prefault;
     /**
      * Passed to guestmemfd_callbacks.populate and discard.
      */
@@ -235,6 +245,11 @@ typedef struct guestmemfd_callbacks {
      */
     void (*discard)(void *backend_opaque, uint64_t offset, uint64_t size);
     /**
+     * A hypercall has made the range private, and guestmemfd_backend_config.prefault asks that it
+     * be allocated now. Called after end, by the thread that serves the hypercall.
+     */
+    void (*prefault)(void *opaque, uint64_t gpa, uint64_t size);
+    /**
      * May a part of a request that no backend owns take part in it? 0, or -errno to refuse.
      */
     int32_t (*gap)(void *opaque, uint64_t gpa, uint64_t size, bool to_private);
@@ -292,6 +307,21 @@ typedef struct guestmemfd_callbacks {
  * No.
  */
 #define GUESTMEMFD_LAZY_OFF 2
+
+/**
+ * None.
+ */
+#define GUESTMEMFD_PREFAULT_OFF 0
+
+/**
+ * Those of requests for 64 KiB or less.
+ */
+#define GUESTMEMFD_PREFAULT_SMALL 1
+
+/**
+ * All of them.
+ */
+#define GUESTMEMFD_PREFAULT_ON 2
 
 
 

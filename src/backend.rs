@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::addr::{FilePages, FileSpace, PAGE_SIZE};
+use crate::addr::{FilePages, FileSpace, GuestPages, PAGE_SIZE};
 use crate::backing::{Backing, Mode, ViewFile};
 use crate::error::{Error, Result};
 use crate::lazy::{Chunk, Reach};
@@ -32,6 +32,30 @@ pub enum Discard {
     Keep,
 }
 
+/// Which pages are allocated as soon as a hypercall has made them private. Pages that become shared
+/// never are: the host often touches them first, and it costs more than the guest's touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefault {
+    /// None: a page that nobody touches costs no memory.
+    Off,
+    /// Those of requests for 64 KiB or less.
+    Small,
+    /// All of them.
+    On,
+}
+
+impl Prefault {
+    const SMALL: u64 = (64 << 10) / PAGE_SIZE;
+
+    pub(crate) fn wants(self, request: GuestPages) -> bool {
+        match self {
+            Prefault::Off => false,
+            Prefault::Small => request.count() <= Self::SMALL,
+            Prefault::On => true,
+        }
+    }
+}
+
 /// What a backend is to be.
 #[derive(Clone, Debug)]
 pub struct BackendConfig {
@@ -47,6 +71,8 @@ pub struct BackendConfig {
     pub start: PageState,
     /// Lazy attributes: a private touch of an undecided page decides the chunk around it.
     pub lazy: Option<Chunk>,
+    /// Whether pages that have become private are allocated at once.
+    pub prefault: Prefault,
     /// A number of the user's, for its listener.
     pub tag: usize,
 }
@@ -382,5 +408,26 @@ impl Backend {
         self.states.lock().set_all(self.config.start);
         *self.unpunched.lock() = Unpunched::default();
         *self.unsure.lock() = PageSet::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_nobody_touches_is_allocated_only_in_small_requests() {
+        let request = |pages| GuestPages::new(0, pages).unwrap();
+        assert!(Prefault::Small.wants(request(16)));
+        assert!(!Prefault::Small.wants(request(17)));
+        assert!(Prefault::On.wants(request(1 << 30)));
+        assert!(!Prefault::Off.wants(request(1)));
+    }
+
+    #[test]
+    fn the_backlog_of_holes_is_bounded() {
+        for (size, limit) in [(4096, 2 << 20), (1 << 30, 8 << 20), (1 << 50, 64 << 20)] {
+            assert_eq!(backlog_limit(size), limit);
+        }
     }
 }

@@ -33,7 +33,7 @@ pub mod window;
 mod worker;
 
 pub use addr::{FilePages, GuestPages, PAGE_SIZE};
-pub use backend::{Backend, BackendConfig, BackendStats, Discard};
+pub use backend::{Backend, BackendConfig, BackendStats, Discard, Prefault};
 pub use backing::{Backing, Mode, ViewFile};
 pub use error::{Error, Result};
 pub use listener::Listener;

@@ -47,6 +47,12 @@ pub trait Listener: Send + Sync {
         let _ = (backend, pages);
     }
 
+    /// A hypercall has made pages private, and they are to be allocated now (see
+    /// [`Prefault`](crate::backend::Prefault)). The request is over.
+    fn prefault(&self, guest: GuestPages) {
+        let _ = guest;
+    }
+
     /// May a part of a request that no backend owns take part in it?
     fn gap(&self, guest: GuestPages, to: View) -> io::Result<()>;
 

@@ -28,8 +28,17 @@ impl Vm {
             backend.counters.hypercalls.fetch_add(1, Ordering::Relaxed);
         }
         let result = parse_map_gpa_range(gpa, pages, attributes)
-            .and_then(|(guest, to)| self.convert(guest, to));
+            .and_then(|(guest, to)| self.map_pages(backend.as_deref(), guest, to));
         count_refusal(backend.as_ref(), result)
+    }
+
+    fn map_pages(&self, backend: Option<&Backend>, guest: GuestPages, to: View) -> Result<u64> {
+        let changed = self.convert(guest, to)?;
+        let wants = |backend: &Backend| backend.config().prefault.wants(guest);
+        if changed > 0 && to == View::Private && backend.is_some_and(wants) {
+            self.listener.prefault(guest);
+        }
+        Ok(changed)
     }
 
     /// Serves `KVM_EXIT_MEMORY_FAULT`. Returns how many pages have changed.

@@ -125,6 +125,8 @@ struct Mapper {
     fault: Arc<Fault>,
     /// Its device writes to what it has just mapped.
     writes: AtomicBool,
+    /// What was to be allocated.
+    prefaulted: parking_lot::Mutex<Vec<GuestPages>>,
 }
 
 struct MapperHandle(Arc<Mapper>);
@@ -152,6 +154,10 @@ impl Listener for MapperHandle {
         for page in pages.start()..pages.end() {
             assert!(std::mem::replace(&mut mapped[page as usize], false));
         }
+    }
+
+    fn prefault(&self, guest: GuestPages) {
+        self.0.prefaulted.lock().push(guest);
     }
 
     fn gap(&self, _: GuestPages, to: View) -> io::Result<()> {
@@ -201,7 +207,7 @@ impl Machine {
         let mapper = Arc::new(Mapper {
             mapped: parking_lot::Mutex::new(vec![start.host_may_use(); PAGES as usize]),
             fault: fault.clone(),
-            writes: AtomicBool::new(false),
+            ..Mapper::default()
         });
         let vm = Vm::new(
             Arc::new(FaultyOwner(owner.clone(), fault.clone())),
@@ -214,6 +220,7 @@ impl Machine {
             discard,
             start,
             lazy,
+            prefault: Prefault::Small,
             tag: 0,
         };
         let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
@@ -634,10 +641,36 @@ fn lazy_attributes_need_pages_that_start_undecided() {
         discard: Discard::Now,
         start: PageState::Private,
         lazy: Some(lazy::Chunk::default()),
+        prefault: Prefault::Off,
         tag: 0,
     };
     let error = vm.create_backend(config).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+}
+
+#[test]
+fn pages_that_a_small_hypercall_has_made_private_are_allocated_at_once() {
+    let machine = Machine::new();
+    let map = |page: u64, pages, attributes| {
+        machine
+            .vm
+            .map_gpa_range(page * PAGE_SIZE, pages, attributes)
+            .unwrap();
+    };
+    map(0, 2, 1 << 4);
+    map(0, 2, 1 << 4);
+    assert_eq!(
+        *machine.mapper.prefaulted.lock(),
+        [guest(0, 2)],
+        "not where nothing has changed"
+    );
+    map(0, 2, 0);
+    touch(&machine, 5);
+    assert_eq!(
+        machine.mapper.prefaulted.lock().len(),
+        1,
+        "not if shared, not by a fault"
+    );
 }
 
 /// Waits for the worker.

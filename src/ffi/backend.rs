@@ -7,7 +7,7 @@ use super::error::guestmemfd_error;
 use super::types::*;
 use super::{Failure, Out, check_ref, guard, guard_value};
 use crate::addr::PAGE_SIZE;
-use crate::backend::{BackendConfig, Discard};
+use crate::backend::{BackendConfig, Discard, Prefault};
 use crate::backing::Mode;
 use crate::lazy::Chunk;
 use crate::state::{PageState, View};
@@ -70,6 +70,16 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
             false => PageState::Undecided,
         },
         lazy: lazy_chunk(config)?,
+        prefault: match config.prefault {
+            GUESTMEMFD_PREFAULT_OFF => Prefault::Off,
+            GUESTMEMFD_PREFAULT_SMALL => Prefault::Small,
+            GUESTMEMFD_PREFAULT_ON => Prefault::On,
+            other => {
+                return Err(Failure::Argument(format!(
+                    "unknown choice {other} of prefault"
+                )));
+            }
+        },
         tag: config.opaque.expose_provenance(),
     })
 }

@@ -31,6 +31,9 @@ pub struct guestmemfd_callbacks {
         Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64) -> i32>,
     /// The bytes are about to become private: let go of them.
     pub discard: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
+    /// A hypercall has made the range private, and guestmemfd_backend_config.prefault asks that it
+    /// be allocated now. Called after end, by the thread that serves the hypercall.
+    pub prefault: Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64)>,
     /// May a part of a request that no backend owns take part in it? 0, or -errno to refuse.
     pub gap: Option<
         unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to_private: bool) -> i32,
@@ -102,6 +105,13 @@ impl Listener for CListener {
         if let Some(discard) = self.0.discard {
             // SAFETY: see begin.
             unsafe { discard(opaque_of(backend), pages.start_bytes(), pages.bytes()) }
+        }
+    }
+
+    fn prefault(&self, guest: GuestPages) {
+        if let Some(prefault) = self.0.prefault {
+            // SAFETY: see begin.
+            unsafe { prefault(self.0.opaque, guest.start_bytes(), guest.bytes()) }
         }
     }
 

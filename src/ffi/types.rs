@@ -54,6 +54,16 @@ pub const GUESTMEMFD_LAZY_ON: guestmemfd_lazy = 1;
 /// No.
 pub const GUESTMEMFD_LAZY_OFF: guestmemfd_lazy = 2;
 
+/// Which pages are allocated as soon as a hypercall has made them private: one of
+/// GUESTMEMFD_PREFAULT_*. It takes the callback of that name.
+pub type guestmemfd_prefault = u32;
+/// None.
+pub const GUESTMEMFD_PREFAULT_OFF: guestmemfd_prefault = 0;
+/// Those of requests for 64 KiB or less.
+pub const GUESTMEMFD_PREFAULT_SMALL: guestmemfd_prefault = 1;
+/// All of them.
+pub const GUESTMEMFD_PREFAULT_ON: guestmemfd_prefault = 2;
+
 /// What a backend is to be.
 #[repr(C)]
 #[derive(Debug)]
@@ -73,6 +83,8 @@ pub struct guestmemfd_backend_config {
     /// How many bytes the first private touch of undecided pages decides: a power of two, not less
     /// than 4096; 0 leaves the choice to the library.
     pub lazy_chunk: u64,
+    /// Whether pages that have become private are allocated at once.
+    pub prefault: guestmemfd_prefault,
     /// Passed to guestmemfd_callbacks.populate and discard.
     pub opaque: *mut c_void,
 }

@@ -48,7 +48,7 @@ pub(super) fn tests() -> Vec<Test> {
 }
 
 /// Properties that must be refused, with a word that the message must contain.
-fn bad_objects() -> [(Value, &'static str); 10] {
+fn bad_objects() -> [(Value, &'static str); 11] {
     [
         (json!({"size": 0}), "size"),
         (json!({}), "size"),
@@ -63,6 +63,7 @@ fn bad_objects() -> [(Value, &'static str); 10] {
             "maybe",
         ),
         (json!({"size": 1 << 20, "lazy-chunk": 2048}), "power of two"),
+        (json!({"size": 1 << 20, "prefault": "medium"}), "medium"),
     ]
 }
 
