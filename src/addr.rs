@@ -57,6 +57,9 @@ pub enum RangeError {
     },
 }
 
+/// A list of what a request is about: mostly one or two, for which it needs no allocation.
+pub(crate) type Few<T> = smallvec::SmallVec<[T; 2]>;
+
 /// A range of pages in one space: not empty, half open, in page numbers.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pages<S> {
@@ -184,8 +187,8 @@ impl<S> fmt::Display for Pages<S> {
 }
 
 /// Joins neighbours of a sorted list of ranges, so that each system call covers as much as it can.
-pub(crate) fn merge_adjacent<S: Copy>(sorted: impl IntoIterator<Item = Pages<S>>) -> Vec<Pages<S>> {
-    let mut merged: Vec<Pages<S>> = Vec::new();
+pub(crate) fn merge_adjacent<S: Copy>(sorted: impl IntoIterator<Item = Pages<S>>) -> Few<Pages<S>> {
+    let mut merged: Few<Pages<S>> = Few::new();
     for range in sorted {
         match merged.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
@@ -262,7 +265,7 @@ mod tests {
     #[test]
     fn neighbours_merge_and_others_do_not() {
         let merged = merge_adjacent([range(0, 2), range(2, 3), range(5, 6), range(6, 9)]);
-        assert_eq!(merged, [range(0, 3), range(5, 9)]);
+        assert_eq!(merged[..], [range(0, 3), range(5, 9)]);
     }
 
     proptest! {

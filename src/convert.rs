@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use crate::addr::{FilePages, GuestPages};
+use crate::addr::{Few, FilePages, GuestPages};
 use crate::backend::{Backend, BackendId, Discard};
 use crate::claim::Claim;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ pub(crate) enum Neighbours {
 
 /// What a request may move.
 struct Claimed<'a> {
-    windows: Vec<(Arc<Backend>, FilePages)>,
+    windows: Few<(Arc<Backend>, FilePages)>,
     along: Option<(Arc<Backend>, FilePages)>,
     _claim: Claim<'a>,
 }
@@ -101,13 +101,13 @@ impl Vm {
         neighbours: Neighbours,
     ) -> Result<Claimed<'_>> {
         loop {
-            let parts: Vec<Part> = self.windows.read().resolve(guest).collect();
+            let parts: Few<Part> = self.windows.read().resolve(guest).collect();
             let windows = self.check(&parts, to)?;
             let along = match neighbours {
                 Neighbours::Stay => None,
                 Neighbours::GoAlong => self.undecided_around(guest),
             };
-            let mut wanted: Vec<(BackendId, FilePages)> =
+            let mut wanted: Few<(BackendId, FilePages)> =
                 windows.iter().map(|w| (w.backend, w.file)).collect();
             wanted.extend(along.iter().map(|(backend, pages)| (backend.id(), *pages)));
             let claim = self
@@ -138,8 +138,8 @@ impl Vm {
         Some((backend, pages))
     }
 
-    fn check(&self, parts: &[Part], to: View) -> Result<Vec<Window>> {
-        let mut windows = Vec::with_capacity(parts.len());
+    fn check(&self, parts: &[Part], to: View) -> Result<Few<Window>> {
+        let mut windows = Few::new();
         for part in parts {
             match *part {
                 Part::Gap(guest) => self.listener.gap(guest, to).map_err(|source| Error::Gap {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::addr::{FilePages, merge_adjacent};
+use crate::addr::{Few, FilePages, merge_adjacent};
 use crate::backend::Backend;
 use crate::state::{PageState, View};
 
@@ -20,9 +20,9 @@ pub(crate) struct Run {
 /// unfinished, it gives them back as they were.
 #[derive(Debug)]
 pub(crate) struct Moves {
-    moves: Vec<(Run, PageState)>,
+    moves: Few<(Run, PageState)>,
     /// Undecided pages next to those that were asked for, which go along.
-    along: Vec<Run>,
+    along: Few<Run>,
 }
 
 impl Drop for Moves {
@@ -38,10 +38,10 @@ impl Moves {
         windows: &[(Arc<Backend>, FilePages)],
         takes_part: impl Fn(PageState) -> bool,
     ) -> Self {
-        let mut moves = Vec::new();
+        let mut moves = Few::new();
         for (backend, pages) in windows {
             let mut states = backend.states.lock();
-            let runs: Vec<_> = states
+            let runs: Few<_> = states
                 .runs(*pages)
                 .filter(|(_, state)| *state != PageState::Transition && takes_part(*state))
                 .collect();
@@ -51,7 +51,7 @@ impl Moves {
                 moves.push((Run { backend, pages }, was));
             }
         }
-        let along = Vec::new();
+        let along = Few::new();
         Self { moves, along }
     }
 
@@ -59,7 +59,7 @@ impl Moves {
     pub(crate) fn mark_along(&mut self, backend: &Arc<Backend>, pages: FilePages) {
         let mut states = backend.states.lock();
         let undecided = |(_, state): &(_, PageState)| *state == PageState::Undecided;
-        let runs: Vec<_> = states.runs(pages).filter(undecided).collect();
+        let runs: Few<_> = states.runs(pages).filter(undecided).collect();
         for (pages, was) in runs {
             states.set_run(pages, was, PageState::Transition);
             let backend = backend.clone();
@@ -117,8 +117,8 @@ impl Moves {
     }
 
     /// The pages that were asked for whose old state is accepted, neighbours joined.
-    pub(crate) fn runs(&self, was: impl Fn(PageState) -> bool) -> Vec<Run> {
-        let mut runs: Vec<Run> = Vec::new();
+    pub(crate) fn runs(&self, was: impl Fn(PageState) -> bool) -> Few<Run> {
+        let mut runs = Few::new();
         for moves in self.by_backend() {
             let pages = moves.iter().filter(|(_, state)| was(*state));
             join(
@@ -131,16 +131,16 @@ impl Moves {
     }
 
     /// All pages that move, neighbours joined.
-    pub(crate) fn all_runs(&self) -> Vec<Run> {
+    pub(crate) fn all_runs(&self) -> Few<Run> {
         // Only a request in a single window has pages that go along.
         let Some(first) = self.along.first() else {
             return self.runs(|_| true);
         };
         let asked = self.moves.iter().map(|(run, _)| run.pages);
         let along = self.along.iter().map(|run| run.pages);
-        let mut pages: Vec<_> = asked.chain(along).collect();
+        let mut pages: Few<_> = asked.chain(along).collect();
         pages.sort_unstable();
-        let mut runs = Vec::new();
+        let mut runs = Few::new();
         join(&mut runs, &first.backend, pages);
         runs
     }
@@ -165,7 +165,7 @@ impl Moves {
     }
 }
 
-fn join(runs: &mut Vec<Run>, backend: &Arc<Backend>, pages: impl IntoIterator<Item = FilePages>) {
+fn join(runs: &mut Few<Run>, backend: &Arc<Backend>, pages: impl IntoIterator<Item = FilePages>) {
     let merged = merge_adjacent(pages);
     runs.extend(merged.into_iter().map(|pages| Run {
         backend: backend.clone(),

@@ -177,31 +177,33 @@ impl PageStates {
         let mut next = range.start();
         std::iter::from_fn(move || {
             let state = self.get((next < range.end()).then_some(next)?);
-            let end = self.run_end(next, state).min(range.end());
+            let end = self.run_end(next, state, range.end());
             let run = FilePages::new(next, end)?;
             next = end;
             Some((run, state))
         })
     }
 
-    /// The first page behind `page` that is not in `state`, which `page` is in. Looks at 64 pages a
-    /// step.
-    fn run_end(&self, page: u64, state: PageState) -> u64 {
+    /// The first page behind `page` that is not in `state`, which `page` is in, but not beyond
+    /// `limit`. Looks at 64 pages a step.
+    fn run_end(&self, page: u64, state: PageState, limit: u64) -> u64 {
         let (shared, private) = state.bits();
         let (shared, private) = (flip_for(shared), flip_for(private));
-        let words = self.shared.as_raw_slice().iter();
-        let words = words.zip(self.private.as_raw_slice());
         let first = page / 64;
+        let words = first as usize..limit.div_ceil(64) as usize;
+        let words = self.shared.as_raw_slice()[words.clone()]
+            .iter()
+            .zip(&self.private.as_raw_slice()[words]);
         // Bits before `page` in its word do not end the run.
         let mut ignore = (1u64 << (page % 64)) - 1;
-        for (index, (s, p)) in (first..).zip(words.skip(first as usize)) {
+        for (index, (s, p)) in (first..).zip(words) {
             let differs = ((s ^ shared) | (p ^ private)) & !ignore;
             if differs != 0 {
-                return index * 64 + u64::from(differs.trailing_zeros());
+                return limit.min(index * 64 + u64::from(differs.trailing_zeros()));
             }
             ignore = 0;
         }
-        self.pages()
+        limit
     }
 }
 

@@ -8,7 +8,7 @@
 //! KVM slot carries the guest_memfd, so the private view can be seen through it. The others show
 //! the shared view only.
 
-use crate::addr::{FilePages, GuestPages};
+use crate::addr::{Few, FilePages, GuestPages};
 use crate::backend::BackendId;
 
 /// A range of a backend in guest physical space.
@@ -201,13 +201,17 @@ impl WindowTable {
     }
 
     /// Every place in guest physical space whose attributes follow these pages, stale ones too.
-    pub fn places(&self, backend: BackendId, file: FilePages) -> Vec<GuestPages> {
+    pub fn places(
+        &self,
+        backend: BackendId,
+        file: FilePages,
+    ) -> impl IntoIterator<Item = GuestPages> + use<> {
         let stale = self.stale.iter().map(|stale| &stale.window);
         self.windows
             .iter()
             .chain(stale)
             .filter_map(|w| w.guest_of(backend, file))
-            .collect()
+            .collect::<Few<_>>()
     }
 
     /// What is stale in a range of guest physical space.
@@ -323,7 +327,7 @@ mod tests {
     fn attributes_go_to_every_place_a_page_appears_at() {
         let table = table();
         assert_eq!(
-            table.places(RAM, file(95, 105)),
+            Vec::from_iter(table.places(RAM, file(95, 105))),
             [guest(95, 100), guest(200, 205), guest(1095, 1100)]
         );
         assert!(table.is_bound(RAM, file(0, 1)));
