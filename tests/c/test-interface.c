@@ -33,7 +33,7 @@ static void check(bool ok, const char *what)
 
 /* What the callbacks saw. */
 static struct {
-    int begun, ended, populated, discarded, gaps, logged;
+    int begun, ended, populated, discarded, prefaulted, gaps, logged;
     int populate_answer;
     int gap_answer;
     void *backend_opaque;
@@ -67,6 +67,13 @@ static void on_discard(void *backend_opaque, uint64_t offset, uint64_t size)
     seen.backend_opaque = backend_opaque;
 }
 
+static void on_prefault(void *opaque, uint64_t gpa, uint64_t size)
+{
+    (void)opaque;
+    (void)gpa;
+    seen.prefaulted += size == PAGE;
+}
+
 static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, bool to_private)
 {
     (void)opaque;
@@ -91,6 +98,7 @@ static const guestmemfd_callbacks callbacks = {
     .end = on_end,
     .populate = on_populate,
     .discard = on_discard,
+    .prefault = on_prefault,
     .gap = on_gap,
     .log = on_log,
 };
@@ -183,6 +191,22 @@ static void test_arguments(void)
     check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
               && strstr(error.message, "policy 77"), "an unknown policy is refused");
     config.discard = GUESTMEMFD_DISCARD_NOW;
+    config.lazy = 77;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "77"), "an unknown choice of lazy attributes is refused");
+    config.lazy = GUESTMEMFD_LAZY_ON;
+    config.start_private = true;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EOPNOTSUPP
+              && strstr(error.message, "lazy"), "lazy attributes need pages that start undecided");
+    config.start_private = false;
+    config.lazy_chunk = 3 * MIB;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "0x300000"), "a chunk that is no power of two is refused");
+    config.lazy_chunk = 0;
+    config.prefault = 77;
+    check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
+              && strstr(error.message, "77"), "an unknown choice of prefault is refused");
+    config.prefault = GUESTMEMFD_PREFAULT_OFF;
     config.id = NULL;
     check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
               && strstr(error.message, "config.id"), "no id is refused");
@@ -290,6 +314,54 @@ static void test_conversions(void)
     guestmemfd_vm_free(vm);
 }
 
+static void test_lazy_and_coalesced(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend_config config = {
+        .id = "ram",
+        .size = SIZE,
+        .discard = GUESTMEMFD_DISCARD_COALESCED,
+        .lazy_chunk = 16 * PAGE,
+        .prefault = GUESTMEMFD_PREFAULT_SMALL,
+    };
+    guestmemfd_backend *backend = NULL;
+    guestmemfd_error error;
+    guestmemfd_stats stats;
+    bool bound;
+    char *host;
+    int shared;
+
+    check(!guestmemfd_backend_new(vm, &config, &backend, &error)
+              && !guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error),
+          "a backend with a worker");
+    shared = guestmemfd_backend_shared_fd(backend);
+    host = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, shared, 0);
+    host[3 * PAGE] = 7;
+    check(!guestmemfd_vm_memory_fault(vm, 0, PAGE, true, &error), "a private touch");
+    stats = stats_of(backend);
+    check(stats.private_bytes == 15 * PAGE && stats.shared_bytes == PAGE
+              && stats.converted_along_bytes == 14 * PAGE && stats.lazy_chunk == 16 * PAGE,
+          "it decides its chunk, but for the page with shared data");
+    check(host[3 * PAGE] == 7, "which keeps them");
+
+    memset(&seen, 0, sizeof(seen));
+    memset(host + 32 * PAGE, 1, 8 * PAGE);
+    for (int page = 32; page < 40; page++) {
+        if (guestmemfd_vm_map_gpa_range(vm, page * PAGE, 1, 1 << 4, &error)) {
+            printf("Bail out! %s\n", error.message);
+            exit(1);
+        }
+    }
+    check(seen.prefaulted == 8, "small requests ask for their pages at once");
+    check(!guestmemfd_vm_drain(vm, &error) && stats_of(backend).unpunched_bytes == 0
+              && allocated(shared) == PAGE, "after draining nothing is owed");
+    check(guestmemfd_vm_drain(NULL, &error) == -EINVAL, "no VM, nothing to drain");
+    guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
+    munmap(host, SIZE);
+    guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+}
+
 static void *flip(void *opaque)
 {
     guestmemfd_vm *vm = opaque;
@@ -359,6 +431,7 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     test_arguments();
     test_conversions();
+    test_lazy_and_coalesced();
     test_threads();
     test_kvm();
     printf("1..%d\n", tests);
