@@ -45,6 +45,13 @@ pub(crate) extern "C" fn boot_cpu(_cpu: u32, start_info: u32) -> ! {
         Err(error) => tap::bail_out(format_args!("{error}")),
     };
     paging::init();
+    if let Some(bench) = options.bench {
+        // Measured without interrupts and without a device but the serial port, so that the same
+        // program runs on a hypervisor that has little else.
+        let success = scenarios::bench::run(bench, &options, &map);
+        tap::end();
+        cpu::finish(success);
+    }
     apic::init();
     apic::start_watchdog(options.timeout);
 

@@ -33,9 +33,49 @@ impl Scenario {
     }
 }
 
+/// What the guest measures, in place of scenarios.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bench {
+    /// Nothing: says that it has started, and ends.
+    Start,
+    /// Conversions by hypercall.
+    Request,
+    /// A few of those, quickly.
+    Check,
+    /// Conversions by touching memory.
+    Fault,
+    /// Nothing: converts most of its memory twice, for whoever counts the host's memory.
+    Twice,
+}
+
+impl Bench {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Start,
+        Self::Request,
+        Self::Check,
+        Self::Fault,
+        Self::Twice,
+    ];
+
+    /// The name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Request => "request",
+            Self::Check => "check",
+            Self::Fault => "fault",
+            Self::Twice => "twice",
+        }
+    }
+}
+
 /// What the command line asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
+    /// What to measure; then no scenario runs.
+    pub bench: Option<Bench>,
     selected: [bool; Scenario::ALL.len()],
     /// How many CPUs take part; all if absent.
     pub smp: Option<usize>,
@@ -68,8 +108,10 @@ pub enum Error<'a> {
         /// What would work.
         wanted: &'static str,
     },
-    /// `scenario=fault` without a shared bit.
+    /// `scenario=fault` or `bench=fault` without a shared bit.
     FaultNeedsSharedBit,
+    /// `bench=` beside `scenario=`.
+    BenchAndScenario,
 }
 
 impl fmt::Display for Error<'_> {
@@ -83,7 +125,7 @@ impl fmt::Display for Error<'_> {
                 return write!(
                     f,
                     "'{word}' is unknown: use scenario=, smp=, shared-bit=, strict-from=, seed=, \
-                     timeout= or discard="
+                     timeout=, discard= or bench="
                 );
             }
             Self::Value { word, wanted } => {
@@ -92,7 +134,13 @@ impl fmt::Display for Error<'_> {
             Self::FaultNeedsSharedBit => {
                 return write!(
                     f,
-                    "scenario=fault needs shared-bit=N, as given to sw-protected-guest"
+                    "scenario=fault and bench=fault need shared-bit=N, as given to sw-protected-guest"
+                );
+            }
+            Self::BenchAndScenario => {
+                return write!(
+                    f,
+                    "bench= and scenario= exclude each other: use one of them"
                 );
             }
         }
@@ -113,6 +161,7 @@ impl Options {
     /// Every word must be understood, and a scenario must be named.
     pub fn parse(line: &str) -> Result<Self, Error<'_>> {
         let mut options = Self {
+            bench: None,
             selected: [false; Scenario::ALL.len()],
             smp: None,
             shared_bit: None,
@@ -142,6 +191,7 @@ impl Options {
                     options.timeout = number(word, value, 1..=86_400, "seconds, up to 86400")?
                 }
                 "discard" => options.discards = discards(word, value)?,
+                "bench" => options.bench = Some(bench(word, value)?),
                 _ => return Err(Error::UnknownWord(word)),
             }
         }
@@ -149,10 +199,14 @@ impl Options {
             options.selected = [true; Scenario::ALL.len()];
             options.selected[Scenario::Fault as usize] = options.shared_bit.is_some();
         }
-        if options.selected == [false; Scenario::ALL.len()] {
-            return Err(Error::NoScenario);
+        let nothing = options.selected == [false; Scenario::ALL.len()];
+        match (options.bench, nothing) {
+            (None, true) => return Err(Error::NoScenario),
+            (Some(_), false) => return Err(Error::BenchAndScenario),
+            _ => {}
         }
-        if options.runs(Scenario::Fault) && options.shared_bit.is_none() {
+        let faults = options.runs(Scenario::Fault) || options.bench == Some(Bench::Fault);
+        if faults && options.shared_bit.is_none() {
             return Err(Error::FaultNeedsSharedBit);
         }
         Ok(options)
@@ -196,6 +250,14 @@ fn number<'a>(
     }
 }
 
+fn bench<'a>(word: &'a str, value: &str) -> Result<Bench, Error<'a>> {
+    let found = Bench::ALL.into_iter().find(|each| each.name() == value);
+    found.ok_or(Error::Value {
+        word,
+        wanted: "start, request, check, fault or twice",
+    })
+}
+
 fn discards<'a>(word: &'a str, value: &str) -> Result<bool, Error<'a>> {
     match value {
         "now" | "coalesced" => Ok(true),
@@ -232,6 +294,24 @@ mod tests {
             selected("scenario=all shared-bit=38"),
             ["idle", "hypercall", "fault", "bad"]
         );
+    }
+
+    #[test]
+    fn measuring_takes_the_place_of_scenarios() {
+        fn bench(line: &str) -> Result<Option<Bench>, Error<'_>> {
+            Options::parse(line).map(|options| options.bench)
+        }
+        for each in Bench::ALL {
+            let line = format!("bench={} shared-bit=38", each.name());
+            assert_eq!(bench(&line), Ok(Some(each)));
+        }
+        assert_eq!(bench("scenario=idle"), Ok(None));
+        assert_eq!(
+            bench("scenario=idle bench=start"),
+            Err(Error::BenchAndScenario)
+        );
+        assert_eq!(bench("bench=fault"), Err(Error::FaultNeedsSharedBit));
+        assert!(matches!(bench("bench=x"), Err(Error::Value { .. })));
     }
 
     #[test]

@@ -72,6 +72,24 @@ pub(crate) fn cpuid(leaf: u32) -> CpuidResult {
     }
 }
 
+/// The time-stamp counter, once all instructions before have been carried out.
+pub(crate) fn timestamp() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reads a register. What was written to memory before stays before, hence no `nomem`.
+    unsafe {
+        asm!("lfence", "rdtsc", out("eax") low, out("edx") high, options(nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Goes round `rounds` times, two instructions each time.
+pub(crate) fn go_round(rounds: u64) {
+    // SAFETY: changes a register of its own.
+    unsafe {
+        asm!("2:", "dec {0}", "jnz 2b", inout(reg) rounds.max(1) => _, options(nomem, nostack));
+    }
+}
+
 /// Reads a model-specific register.
 pub(crate) fn read_msr(register: u32) -> u64 {
     let (low, high): (u32, u32);

@@ -4,6 +4,7 @@
 use crate::cpu;
 use core::arch::asm;
 use guestmemfd_guest::model::Intent;
+use spin::Once;
 
 /// The attribute that asks for the private view.
 pub(crate) const ENCRYPTED: u64 = 1 << 4;
@@ -33,8 +34,7 @@ pub(crate) fn enabled() -> bool {
 
 /// `KVM_HC_MAP_GPA_RANGE`: 0, or an error number below 0.
 pub(crate) fn map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> i64 {
-    let vendor = cpu::cpuid(0);
-    let intel = text([vendor.ebx, vendor.edx, vendor.ecx]) == *b"GenuineIntel";
+    let intel = intel();
     let result: i64;
     // SAFETY: the hypercall changes what test memory holds, which is accessed with volatile
     // instructions only. rbx is the compiler's own, so it is put in place and given back by hand.
@@ -48,6 +48,15 @@ pub(crate) fn map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> i64 {
         }
     }
     result
+}
+
+/// Whether the hypercall's instruction is Intel's. Asked once: asking is an exit of its own.
+fn intel() -> bool {
+    static INTEL: Once<bool> = Once::new();
+    *INTEL.call_once(|| {
+        let vendor = cpu::cpuid(0);
+        text([vendor.ebx, vendor.edx, vendor.ecx]) == *b"GenuineIntel"
+    })
 }
 
 /// Twelve characters in three registers.

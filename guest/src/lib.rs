@@ -10,6 +10,7 @@ pub mod cmdline;
 pub mod layout;
 pub mod model;
 pub mod pattern;
+pub mod samples;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -143,6 +143,7 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
         share: None,
         memory: memory_for(options.size.1),
         limit: Some(Duration::from_secs(options.limit)),
+        ..Task::default()
     };
     lab.run(ctx, &task, |line| println!("{line}"))
 }
@@ -236,6 +237,7 @@ pub(crate) fn lab(ctx: &Context, options: LabOptions) -> Result<ExitCode> {
             share: Some(share),
             memory: options.memory.1,
             limit: options.limit.map(Duration::from_secs),
+            ..Task::default()
         };
         lab.run(ctx, &task, |line| println!("{line}"))?
     };

@@ -33,6 +33,11 @@ pub(crate) fn runner(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build(ctx, step, "guestmemfd-lab", "release", "guestmemfd-lab")
 }
 
+/// The cheapest user of private memory, with which the benchmarks compare.
+pub(crate) fn floor(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    build(ctx, step, "guestmemfd-floor", "release", "guestmemfd-floor")
+}
+
 /// Builds a package and returns the artifact with this file name.
 fn build(
     ctx: &Context,

@@ -2,6 +2,7 @@
 //! Level 1 of the lab: a Linux with KVM inside QEMU/TCG, which runs a job that
 //! it finds in a folder shared with the host.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -36,7 +37,7 @@ pub(crate) struct Lab {
 }
 
 /// Something to run in level 1.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Task {
     /// Says in errors what it is.
     pub(crate) name: String,
@@ -48,6 +49,12 @@ pub(crate) struct Task {
     pub(crate) memory: u64,
     /// How long it may take; nothing: as long as it likes.
     pub(crate) limit: Option<Duration>,
+    /// Level 1's clocks count instructions: 1 ns each. It then has one CPU.
+    pub(crate) count_instructions: bool,
+    /// More programs for `/run/lab`.
+    pub(crate) programs: Vec<PathBuf>,
+    /// The log's name, where several tasks run at once.
+    pub(crate) log: Option<String>,
 }
 
 /// Memory for a level 1 in which guests of `size` bytes run.
@@ -96,10 +103,10 @@ impl Lab {
 
     /// Runs a task, hands on its lines of output, and returns its exit status.
     pub(crate) fn run(&self, ctx: &Context, task: &Task, line: impl FnMut(&str)) -> Result<i32> {
-        let folder = self.job_folder(ctx)?;
+        let folder = self.job_folder(ctx, &task.programs)?;
         fs::write(folder.path().join("run"), &task.script).context("cannot write the job")?;
         let mut job = Job::new(&task.name, self.command(ctx, folder.path(), task))
-            .log(&ctx.log("lab"))
+            .log(&ctx.log(task.log.as_deref().unwrap_or("lab")))
             .follow(line);
         if let Some(limit) = task.limit {
             job = job.limit(limit);
@@ -119,14 +126,12 @@ impl Lab {
 
     /// A shell in level 1 on this terminal; returns its exit status.
     pub(crate) fn shell(&self, ctx: &Context, share: Option<PathBuf>) -> Result<i32> {
-        let folder = self.job_folder(ctx)?;
-        let (name, memory) = ("the shell".to_owned(), BASE_MEMORY);
+        let folder = self.job_folder(ctx, &[])?;
         let task = Task {
-            name,
-            script: String::new(),
+            name: "the shell".to_owned(),
             share,
-            memory,
-            limit: None,
+            memory: BASE_MEMORY,
+            ..Task::default()
         };
         let status_of_qemu = self
             .command(ctx, folder.path(), &task)
@@ -139,13 +144,19 @@ impl Lab {
     }
 
     /// A folder with what jobs use, removed when it is no longer in use.
-    fn job_folder(&self, ctx: &Context) -> Result<TempDir> {
+    fn job_folder(&self, ctx: &Context, programs: &[PathBuf]) -> Result<TempDir> {
         let folder = tempfile::Builder::new()
             .prefix("job-")
             .tempdir_in(ctx.scratch())
             .context("cannot make a folder for the job")?;
-        for (from, name) in [(&self.runner, "guestmemfd-lab"), (&self.guest, "guest.elf")] {
-            fs::copy(from, folder.path().join(name))
+        fs::create_dir(folder.path().join("bin"))?;
+        let ours = [(&self.runner, "guestmemfd-lab"), (&self.guest, "guest.elf")];
+        let ours = ours.map(|(from, name)| (from, OsStr::new(name)));
+        let more = programs
+            .iter()
+            .filter_map(|from| Some((from, from.file_name()?)));
+        for (from, name) in ours.into_iter().chain(more) {
+            fs::copy(from, folder.path().join("bin").join(name))
                 .with_context(|| format!("cannot copy {}", from.display()))?;
         }
         Ok(folder)
@@ -156,35 +167,35 @@ impl Lab {
             &self.qemu.program,
             ["-nodefaults", "-no-reboot", "-display", "none"],
         );
-        qemu.args([
-            "-accel",
-            "tcg,thread=multi",
-            "-machine",
-            "q35",
-            "-cpu",
-            "max",
-        ])
-        .args(["-smp", &ctx.jobs.clamp(2, 4).to_string()])
-        .args(["-m", &format!("{}M", task.memory >> 20)])
-        .args(["-run-with", "exit-with-parent=on"])
-        .args(["-L", &self.firmware.to_string_lossy()])
-        .args(["-kernel", &self.kernel.image.to_string_lossy()])
-        .args(["-initrd", &self.image.to_string_lossy()])
-        // The kernel speaks on the serial port, the job on the virtio console. On a busy machine a
-        // virtual CPU can pause for so long that the kernel takes the TSC for unstable; changing
-        // the clock source then, it waits in stop_machine() for a CPU that is in the TSC's watchdog.
-        .args(["-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable"])
-        .args([
-            "-serial",
-            &format!("file:{}", folder.join("console").display()),
-        ])
-        .args(["-chardev", "stdio,id=job,signal=off"])
-        .args([
-            "-device",
-            "virtio-serial-pci",
-            "-device",
-            "virtconsole,chardev=job",
-        ]);
+        let (accel, cpus) = match task.count_instructions {
+            true => ("tcg,thread=single", 1),
+            false => ("tcg,thread=multi", ctx.jobs.clamp(2, 4)),
+        };
+        if task.count_instructions {
+            qemu.args(["-icount", "shift=0,sleep=off"]);
+        }
+        qemu.args(["-accel", accel, "-machine", "q35", "-cpu", "max"])
+            .args(["-smp", &cpus.to_string()])
+            .args(["-m", &format!("{}M", task.memory >> 20)])
+            .args(["-run-with", "exit-with-parent=on"])
+            .args(["-L", &self.firmware.to_string_lossy()])
+            .args(["-kernel", &self.kernel.image.to_string_lossy()])
+            .args(["-initrd", &self.image.to_string_lossy()])
+            // The kernel speaks on the serial port, the job on the virtio console. On a busy machine a
+            // virtual CPU can pause for so long that the kernel takes the TSC for unstable; changing
+            // the clock source then, it waits in stop_machine() for a CPU that is in the TSC's watchdog.
+            .args(["-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable"])
+            .args([
+                "-serial",
+                &format!("file:{}", folder.join("console").display()),
+            ])
+            .args(["-chardev", "stdio,id=job,signal=off"])
+            .args([
+                "-device",
+                "virtio-serial-pci",
+                "-device",
+                "virtconsole,chardev=job",
+            ]);
         share(&mut qemu, "lab", folder);
         if let Some(folder) = &task.share {
             share(&mut qemu, "host", folder);

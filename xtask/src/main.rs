@@ -3,6 +3,7 @@
 //! built stays in a cache outside the checkout.
 
 mod apt;
+mod bench;
 mod boot;
 mod cache;
 mod cargo;
@@ -45,6 +46,8 @@ enum Command {
     Boot(boot::Options),
     /// Run every test, and show a table
     Test(test::Options),
+    /// Measure what conversions cost, beside QEMU's own path and beside the least possible
+    Bench(bench::Options),
     /// Build QEMU with the patches and the library, and print its path
     Qemu,
     /// Build the lab's kernel, and print its path
@@ -74,6 +77,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Boot(options) => return Ok(boot::boot(&ctx, &options)),
         Command::Test(options) => return test::run(&ctx, &options),
+        Command::Bench(options) => return bench::run(&ctx, &options),
         Command::Qemu => one(&ctx, "QEMU with the library", &[Purpose::Qemu], |step| {
             qemu::build(&ctx, step).map(|qemu| qemu.program)
         })?,

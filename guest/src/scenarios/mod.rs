@@ -2,6 +2,7 @@
 //! Runs scenarios on all CPUs and reports what came of them.
 
 mod bad;
+pub(crate) mod bench;
 mod fault;
 mod hypercall;
 

@@ -2,7 +2,9 @@
 //! Boots and tests guests whose memory is `memory-backend-guestmemfd`, with the KVM that it finds:
 //! the machine's own, or that of level 1 of the lab.
 
+mod bench;
 mod boot;
+mod cgroup;
 mod guest;
 mod memory;
 mod probe;
@@ -34,6 +36,8 @@ enum Command {
     Boot(boot::Options),
     /// Run all tests that need a QEMU
     Test(tests::Options),
+    /// Run one guest that measures
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +45,7 @@ fn main() -> ExitCode {
         Command::Probe => probe(),
         Command::Boot(options) => boot::boot(&options),
         Command::Test(options) => tests::run(&options),
+        Command::Bench(options) => bench::bench(&options),
     };
     if good {
         ExitCode::SUCCESS

@@ -107,6 +107,11 @@ const STEPS: &[TestStep] = &[
     )
     .named(),
     step("lab", "tests with QEMU in level 1 of the lab", steps::lab).named(),
+    step(
+        "bench",
+        "conversions cost no more instructions than they did",
+        steps::bench,
+    ),
     step("qtest", "QEMU's own tests, with the library", steps::qtest).long(),
     step(
         "without",

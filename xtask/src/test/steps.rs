@@ -53,6 +53,15 @@ impl<'a> Bench<'a> {
         once(&self.kernel, || lab_kernel::build(self.ctx, step))
     }
 
+    fn parts(&self, step: &Step) -> Result<Parts> {
+        Ok(Parts {
+            qemu: self.qemu(step)?,
+            kernel: self.kernel(step)?,
+            guest: cargo::guest(self.ctx, step)?,
+            runner: cargo::runner(self.ctx, step)?,
+        })
+    }
+
     /// The arguments of the runner's `test`.
     fn runner_words(&self, runner: &str, paths: Vec<String>, out: &str) -> Vec<String> {
         let mut words = vec![runner.to_owned(), "test".to_owned()];
@@ -226,13 +235,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
 
 pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
-    let parts = Parts {
-        qemu: bench.qemu(step)?,
-        kernel: bench.kernel(step)?,
-        guest: cargo::guest(ctx, step)?,
-        runner: cargo::runner(ctx, step)?,
-    };
-    let lab = Lab::complete(ctx, step, parts)?;
+    let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
     let logs = ctx.scratch().join("lab");
     cache::remove(&logs)?;
     fs::create_dir_all(&logs)?;
@@ -248,6 +251,7 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         share: Some(logs),
         memory: memory_for(0),
         limit: Some(RUNNER_LIMIT),
+        ..Task::default()
     };
     step.say("running");
     let mut tap = Tap::default();
@@ -260,6 +264,21 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         }
     };
     Ok(judge(tap, success, &ending))
+}
+
+pub(crate) fn bench(bench: &Bench, step: &Step) -> Result<Tally> {
+    let ctx = bench.ctx;
+    let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
+    step.say("measuring");
+    let rows = crate::bench::Bench::new(ctx, step, lab)?.check_rows(step)?;
+    let mut tally = Tally::default();
+    for (line, within) in crate::bench::baseline::compare(ctx, &rows)? {
+        tally.add(match within {
+            true => Tally::pass(""),
+            false => Tally::fail(line),
+        });
+    }
+    Ok(tally)
 }
 
 fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The guest's memory: a memfd for shared pages, a guest_memfd for private ones, and conversions
+//! between them.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use anyhow::{Context, Result, ensure};
+use kvm_bindings::{
+    KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_create_guest_memfd,
+    kvm_memory_attributes, kvm_userspace_memory_region2,
+};
+use kvm_ioctls::VmFd;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress,
+};
+
+use crate::Options;
+
+pub(crate) const PAGE: u64 = 4096;
+const FOUR_GIB: u64 = 4 << 30;
+
+/// RAM at one place.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Window {
+    pub(crate) gpa: u64,
+    pub(crate) size: u64,
+    /// Where it begins in both files.
+    offset: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) shared_view: GuestMemoryMmap,
+    pub(crate) windows: Vec<Window>,
+    shared: OwnedFd,
+    private: OwnedFd,
+    shared_bit: Option<u32>,
+}
+
+impl Memory {
+    /// Makes the files and tells KVM where they are.
+    pub(crate) fn new(vm: &VmFd, options: &Options) -> Result<Self> {
+        let (low, high) = (u64::from(options.low) << 20, u64::from(options.high) << 20);
+        let mut windows = vec![Window {
+            gpa: 0,
+            size: low,
+            offset: 0,
+        }];
+        windows.extend((high > 0).then_some(Window {
+            gpa: FOUR_GIB,
+            size: high,
+            offset: low,
+        }));
+        let shared = memfd_create("floor", MemfdFlags::CLOEXEC).context("memfd_create")?;
+        ftruncate(&shared, low + high)?;
+        let raw = vm
+            .create_guest_memfd(kvm_create_guest_memfd {
+                size: low + high,
+                ..Default::default()
+            })
+            .context("KVM_CREATE_GUEST_MEMFD")?;
+        // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+        let private = unsafe { OwnedFd::from_raw_fd(raw) };
+        let ranges = windows
+            .iter()
+            .map(|window| -> Result<_> {
+                let file = FileOffset::new(File::from(shared.try_clone()?), window.offset);
+                Ok((
+                    GuestAddress(window.gpa),
+                    usize::try_from(window.size)?,
+                    Some(file),
+                ))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let memory = Self {
+            shared_view: GuestMemoryMmap::from_ranges_with_files(ranges)?,
+            windows,
+            shared,
+            private,
+            shared_bit: options.shared_bit,
+        };
+        memory.add_slots(vm)?;
+        Ok(memory)
+    }
+
+    fn add_slots(&self, vm: &VmFd) -> Result<()> {
+        let mut slot = 0;
+        for (window, region) in self.windows.iter().zip(self.shared_view.iter()) {
+            let host = region.get_host_address(MemoryRegionAddress(0))?;
+            let bound = kvm_userspace_memory_region2 {
+                slot,
+                flags: KVM_MEM_GUEST_MEMFD,
+                guest_phys_addr: window.gpa,
+                memory_size: window.size,
+                userspace_addr: host as u64,
+                guest_memfd_offset: window.offset,
+                guest_memfd: u32::try_from(self.private.as_raw_fd())?,
+                ..Default::default()
+            };
+            let unbound = self.shared_bit.map(|bit| kvm_userspace_memory_region2 {
+                slot: slot + 1,
+                flags: 0,
+                guest_phys_addr: window.gpa | 1 << bit,
+                guest_memfd: 0,
+                guest_memfd_offset: 0,
+                ..bound
+            });
+            for region in [Some(bound), unbound].into_iter().flatten() {
+                // SAFETY: the mapping lives as long as `self`, which outlives the vCPU.
+                unsafe { vm.set_user_memory_region2(region) }
+                    .context("KVM_SET_USER_MEMORY_REGION2")?;
+            }
+            slot += 2;
+        }
+        Ok(())
+    }
+
+    /// Takes the shared bit away.
+    pub(crate) fn without_shared_bit(&self, gpa: u64) -> u64 {
+        gpa & !self.shared_bit.map_or(0, |bit| 1 << bit)
+    }
+
+    /// Moves pages to one view and frees them in the other. First nobody may reach the old view any
+    /// more, then it is freed.
+    pub(crate) fn convert(&self, vm: &VmFd, gpa: u64, pages: u64, private: bool) -> Result<()> {
+        let size = pages.checked_mul(PAGE).context("too many pages")?;
+        let end = gpa.checked_add(size).context("a range that wraps")?;
+        let window = self
+            .windows
+            .iter()
+            .find(|window| window.gpa <= gpa && end <= window.gpa + window.size);
+        let window = window.with_context(|| format!("{gpa:#x} to {end:#x} is no RAM"))?;
+        ensure!(gpa % PAGE == 0 && pages > 0, "no whole pages");
+        let attributes = if private {
+            u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        } else {
+            0
+        };
+        let alias = self.shared_bit.map(|bit| gpa | 1 << bit);
+        for address in [Some(gpa), alias].into_iter().flatten() {
+            vm.set_memory_attributes(kvm_memory_attributes {
+                address,
+                size,
+                attributes,
+                flags: 0,
+            })
+            .context("KVM_SET_MEMORY_ATTRIBUTES")?;
+        }
+        let left = if private { &self.shared } else { &self.private };
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(left, hole, gpa - window.gpa + window.offset, size).context("fallocate")
+    }
+}

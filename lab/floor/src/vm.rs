@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The VM, and its one vCPU.
+
+use std::io::Write;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use anyhow::{Context, Result, bail};
+use kvm_bindings::{
+    KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    KVM_X86_SW_PROTECTED_VM, kvm_enable_cap, kvm_pre_fault_memory,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+
+use crate::memory::{Memory, PAGE};
+use crate::{Options, boot};
+
+const MAP_GPA_RANGE: u64 = 12;
+const ENCRYPTED: u64 = 1 << 4;
+/// What a request may say: a page size, and which view.
+const KNOWN: u64 = 0x1f;
+/// As the guest reads it.
+const EINVAL: u64 = -22_i64 as u64;
+
+const SERIAL: u16 = 0x3f8;
+const LINE_STATUS: u16 = SERIAL + 5;
+/// Everything that was sent is out.
+const IDLE: u8 = 0x60;
+const EXIT: u16 = 0x501;
+
+/// Runs the guest to its end. Returns the status with which QEMU would end.
+pub(crate) fn run(options: &Options) -> Result<u8> {
+    let kvm = Kvm::new().context("/dev/kvm")?;
+    let vm = kvm
+        .create_vm_with_type(KVM_X86_SW_PROTECTED_VM.into())
+        .context("KVM does not offer software-protected VMs here")?;
+    let mut hypercalls = kvm_enable_cap {
+        cap: KVM_CAP_EXIT_HYPERCALL,
+        ..Default::default()
+    };
+    hypercalls.args[0] = 1 << MAP_GPA_RANGE;
+    vm.enable_cap(&hypercalls)
+        .context("KVM_CAP_EXIT_HYPERCALL")?;
+    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+
+    let memory = Memory::new(&vm, options)?;
+    let entry = boot::load(&memory, &options.guest, &options.append)?;
+    let vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;
+    boot::enter(&vcpu, entry)?;
+    let mut machine = Machine {
+        vm,
+        memory,
+        prefault: options.prefault,
+        line: Vec::new(),
+    };
+    machine.run(vcpu)
+}
+
+struct Machine {
+    vm: VmFd,
+    memory: Memory,
+    prefault: bool,
+    /// What the guest has written of its next line.
+    line: Vec<u8>,
+}
+
+impl Machine {
+    fn run(&mut self, mut vcpu: VcpuFd) -> Result<u8> {
+        loop {
+            let mut converted = None;
+            match vcpu.run().context("KVM_RUN")? {
+                VcpuExit::Hypercall(exit) if exit.nr == MAP_GPA_RANGE => {
+                    let [gpa, pages, attributes, ..] = exit.args;
+                    let good = attributes & !KNOWN == 0
+                        && self.convert(gpa, pages, attributes & ENCRYPTED != 0);
+                    *exit.ret = if good { 0 } else { EINVAL };
+                    converted = good.then_some((gpa, pages));
+                }
+                VcpuExit::MemoryFault { flags, gpa, size } => {
+                    let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
+                    let gpa = self.memory.without_shared_bit(gpa);
+                    self.memory
+                        .convert(&self.vm, gpa, size.div_ceil(PAGE), private)?;
+                }
+                VcpuExit::IoOut(EXIT, [low, ..]) => return Ok(low << 1 | 1),
+                VcpuExit::IoOut(SERIAL, bytes) => {
+                    let bytes = bytes.to_vec();
+                    self.print(&bytes)?;
+                }
+                VcpuExit::IoIn(LINE_STATUS, bytes) => bytes.fill(IDLE),
+                VcpuExit::IoIn(_, bytes) => bytes.fill(0xff),
+                VcpuExit::IoOut(..) => {}
+                VcpuExit::MmioRead(_, bytes) => bytes.fill(0xff),
+                VcpuExit::MmioWrite(..) => {}
+                other => bail!("the guest did what is not expected: {other:?}"),
+            }
+            if let (Some((gpa, pages)), true) = (converted, self.prefault) {
+                prefault(&vcpu, gpa, pages)?;
+            }
+        }
+    }
+
+    fn convert(&self, gpa: u64, pages: u64, private: bool) -> bool {
+        self.memory.convert(&self.vm, gpa, pages, private).is_ok()
+    }
+
+    /// Hands on whole lines, so that printing costs one system call each.
+    fn print(&mut self, bytes: &[u8]) -> Result<()> {
+        self.line.extend_from_slice(bytes);
+        if bytes.contains(&b'\n') {
+            let mut out = std::io::stdout().lock();
+            out.write_all(&self.line)?;
+            out.flush()?;
+            self.line.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Has KVM map pages before the guest touches them.
+fn prefault(vcpu: &VcpuFd, gpa: u64, pages: u64) -> Result<()> {
+    const OPCODE: Opcode = opcode::read_write::<kvm_pre_fault_memory>(0xae, 0xd5);
+    let mut range = kvm_pre_fault_memory {
+        gpa,
+        size: pages * PAGE,
+        ..Default::default()
+    };
+    // SAFETY: the vCPU's descriptor is open as long as `vcpu` lives.
+    let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+    // The kernel moves the start on, and may return before the end.
+    while range.size > 0 {
+        // SAFETY: the request reads and writes one such structure and keeps nothing of it.
+        let result = unsafe { ioctl(fd, Updater::<OPCODE, _>::new(&mut range)) };
+        match result {
+            Ok(()) | Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(error) => return Err(error).context("KVM_PRE_FAULT_MEMORY"),
+        }
+    }
+    Ok(())
+}

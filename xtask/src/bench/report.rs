@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The table, and `report.json`.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde_json::json;
+
+use super::plan::SUBJECTS;
+use super::rows::Row;
+
+/// Rows that the table leaves to `report.json`: their sum is a row.
+const PARTS: [&str; 2] = ["-request", "-touch"];
+
+/// All rows with all subjects, and what ours is relative to upstream and to the better of the floors.
+pub(super) fn table(rows: &[Row]) -> Table {
+    let subjects: Vec<(&str, &str)> = SUBJECTS
+        .into_iter()
+        .filter(|subject| rows.iter().any(|row| is(row, *subject)))
+        .collect();
+    let mut table = Table::new();
+    table
+        .load_preset(presets::UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Disabled);
+    let mut header = vec!["row".to_owned(), "unit".to_owned()];
+    header.extend(subjects.iter().map(|(subject, variant)| {
+        let name = format!("{subject}\n{variant}");
+        match *subject {
+            "ours" => format!("{name}\n(x upstream, x floor)"),
+            _ => name,
+        }
+    }));
+    table.set_header(header);
+    let whole = |name: &&str| !PARTS.iter().any(|part| name.ends_with(part));
+    for name in names(rows).into_iter().filter(whole) {
+        let of_row: Vec<&Row> = rows.iter().filter(|row| row.row == name).collect();
+        let unit = of_row.first().map_or("", |row| row.unit.as_str());
+        let mut cells = vec![name.to_owned(), unit.to_owned()];
+        cells.extend(subjects.iter().map(|subject| cell(&of_row, *subject)));
+        table.add_row(cells);
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn cell(of_row: &[&Row], subject: (&str, &str)) -> String {
+    let Some(row) = of_row.iter().find(|row| is(row, subject)) else {
+        return String::new();
+    };
+    let value = thousands(row.value);
+    if subject.0 != "ours" {
+        return value;
+    }
+    let ratio = |to: &str| match least(of_row, to) {
+        Some(other) if other > 0.0 => format!("{:.2}", row.value / other),
+        _ => "–".to_owned(),
+    };
+    format!("{value} ({}, {})", ratio("upstream"), ratio("floor"))
+}
+
+/// The best variant of a subject.
+fn least(of_row: &[&Row], subject: &str) -> Option<f64> {
+    let values = of_row.iter().filter(|row| row.subject == subject);
+    values.map(|row| row.value).reduce(f64::min)
+}
+
+fn is(row: &Row, (subject, variant): (&str, &str)) -> bool {
+    row.subject == subject && row.variant == variant
+}
+
+/// Each name once, in the order of its first row.
+fn names(rows: &[Row]) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for row in rows {
+        if !names.contains(&row.row.as_str()) {
+            names.push(&row.row);
+        }
+    }
+    names
+}
+
+/// Digits in groups of three.
+pub(super) fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// The report for programs.
+pub(super) fn json(rows: &[Row], versions: &BTreeMap<&str, String>) -> Result<String> {
+    let date = crate::process::output(crate::process::command("date", ["-u", "+%FT%TZ"]))?;
+    let report = json!({ "date": date.trim(), "versions": versions, "rows": rows });
+    Ok(serde_json::to_string_pretty(&report)? + "\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(subject: &str, variant: &str, value: f64) -> Row {
+        Row {
+            row: "convert-4k-to-private".to_owned(),
+            subject: subject.to_owned(),
+            variant: variant.to_owned(),
+            value,
+            unit: "instructions/page".to_owned(),
+        }
+    }
+
+    #[test]
+    fn ours_stands_beside_upstream_and_the_better_floor() {
+        let rows = [
+            row("floor", "", 1000.0),
+            row("floor", "prefault", 800.0),
+            row("upstream", "", 2000.0),
+            row("ours", "discard=now", 1200.0),
+        ];
+        let text = table(&rows).to_string();
+        assert!(text.contains("1,200 (0.60, 1.50)"), "{text}");
+        assert!(!text.contains("coalesced"), "{text}");
+    }
+
+    #[test]
+    fn numbers_for_people() {
+        let all = [(7.4, "7"), (999.6, "1,000"), (1_234_567.0, "1,234,567")];
+        for (value, text) in all {
+            assert_eq!(thousands(value), text);
+        }
+    }
+
+    #[test]
+    fn the_report_names_rows_as_others_expect_them() {
+        let text = json(&[row("floor", "", 1.5)], &BTreeMap::new()).expect("json");
+        let value: serde_json::Value = serde_json::from_str(&text).expect("json");
+        assert_eq!(value["rows"][0]["row"], "convert-4k-to-private");
+        assert_eq!(value["rows"][0]["value"], 1.5);
+        assert!(value["date"].is_string() && value["versions"].is_object());
+    }
+}
