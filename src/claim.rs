@@ -6,13 +6,12 @@
 //! each other. Disjoint claims do not meet. Overlapping ones are granted in the order in which they
 //! came, so a claim on much memory is not overtaken for ever by claims on parts of it.
 
-use std::thread::{self, ThreadId};
 use std::time::Duration;
-
-use parking_lot::{Condvar, Mutex};
 
 use crate::addr::FilePages;
 use crate::backend::BackendId;
+use crate::sync::thread::{self, ThreadId};
+use crate::sync::{Condvar, Mutex};
 
 /// How often a waiting thread asks whether it is to give up.
 const ASK_INTERVAL: Duration = Duration::from_millis(10);
@@ -147,6 +146,7 @@ impl Drop for Claim<'_> {
 }
 
 #[cfg(test)]
+#[cfg(not(feature = "shuttle"))]
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -253,6 +253,80 @@ mod tests {
                     }
                 });
             }
+        });
+    }
+}
+
+/// The same protocol under many schedules, in which no wait ever times out: a wake-up that is
+/// missing is a deadlock. `cargo test --lib --features shuttle claim`
+#[cfg(test)]
+#[cfg(feature = "shuttle")]
+mod schedules {
+    use super::*;
+    use shuttle::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const RAM: BackendId = BackendId(0);
+    const SCHEDULES: usize = 2000;
+
+    fn pages(start: u64, end: u64) -> FilePages {
+        FilePages::new(start, end).unwrap()
+    }
+
+    /// Both a random walk and one that is good at bugs of little depth.
+    fn explore(test: impl Fn() + Send + Sync + Copy + 'static) {
+        shuttle::check_random(test, SCHEDULES);
+        shuttle::check_pct(test, SCHEDULES, 3);
+    }
+
+    #[test]
+    fn overlapping_claims_exclude_each_other_and_all_are_granted() {
+        explore(|| {
+            let claims = Arc::new(Claims::default());
+            let inside = Arc::new([const { AtomicU64::new(0) }; 6]);
+            let threads: Vec<_> = [(0, 4), (2, 6), (1, 3), (3, 5)]
+                .map(|(start, end)| {
+                    let (claims, inside) = (claims.clone(), inside.clone());
+                    thread::spawn(move || {
+                        let wanted = [(RAM, pages(start, end)), (RAM, pages(0, 1))];
+                        let claim = claims.claim(&wanted, || false).unwrap();
+                        for page in start..end {
+                            assert_eq!(inside[page as usize].fetch_add(1, Ordering::SeqCst), 0);
+                        }
+                        thread::yield_now();
+                        for page in start..end {
+                            inside[page as usize].fetch_sub(1, Ordering::SeqCst);
+                        }
+                        drop(claim);
+                    })
+                })
+                .into();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn one_that_gives_up_does_not_hold_up_those_behind_it() {
+        explore(|| {
+            let claims = Arc::new(Claims::default());
+            let held = claims.claim(&[(RAM, pages(0, 2))], || false).unwrap();
+            let gives_up = {
+                let claims = claims.clone();
+                thread::spawn(move || drop(claims.claim(&[(RAM, pages(0, 4))], || true)))
+            };
+            let behind = {
+                let claims = claims.clone();
+                thread::spawn(move || {
+                    drop(claims.claim(&[(RAM, pages(3, 4))], || false).unwrap());
+                    claims.settle(RAM, pages(0, 4));
+                })
+            };
+            drop(held);
+            gives_up.join().unwrap();
+            behind.join().unwrap();
+            assert!(!claims.is_claimed(RAM, pages(0, 8)));
         });
     }
 }

@@ -28,6 +28,7 @@ pub mod owner;
 pub mod page_set;
 pub mod request;
 pub mod state;
+mod sync;
 pub mod vm;
 pub mod window;
 mod worker;

@@ -113,12 +113,20 @@ fn simple(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally
 
 pub(crate) fn unit(bench: &Bench, step: &Step) -> Result<Tally> {
     step.say("running");
+    let all: &[&str] = &["--workspace", "--no-fail-fast"];
+    let mut tally = cargo_test(bench, step, "unit", all)?;
+    step.say("exploring schedules of claims");
+    let claims = &["--package", "guestmemfd", "--lib", "--features", "shuttle"];
+    tally.add(cargo_test(bench, step, "schedules", claims)?);
+    Ok(tally)
+}
+
+fn cargo_test(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally> {
     let mut command = cargo(bench.ctx);
-    command.args(["test", "--workspace", "--no-fail-fast"]);
-    command.args(&bench.filter);
+    command.arg("test").args(args).args(&bench.filter);
     let mut counts = CargoTest::default();
     let outcome = Job::new("cargo test", command)
-        .log(&bench.ctx.log("unit"))
+        .log(&bench.ctx.log(name))
         .limit(TEST_LIMIT)
         .follow(|line| counts.line(line))
         .outcome()?;
