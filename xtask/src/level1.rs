@@ -18,6 +18,7 @@ use crate::kernel::{self, Kernel};
 use crate::process::{Job, command};
 use crate::progress::Step;
 use crate::qemu::Qemu;
+use crate::tsc;
 
 /// How many of the last lines of level 1's console an error shows.
 const CONSOLE_TAIL: usize = 20;
@@ -181,10 +182,8 @@ impl Lab {
             .args(["-L", &self.firmware.to_string_lossy()])
             .args(["-kernel", &self.kernel.image.to_string_lossy()])
             .args(["-initrd", &self.image.to_string_lossy()])
-            // The kernel speaks on the serial port, the job on the virtio console. On a busy machine a
-            // virtual CPU can pause for so long that the kernel takes the TSC for unstable; changing
-            // the clock source then, it waits in stop_machine() for a CPU that is in the TSC's watchdog.
-            .args(["-append", "console=ttyS0 loglevel=5 panic=-1 tsc=reliable"])
+            .args(["-append", &kernel_command_line(task.count_instructions)])
+            // The kernel speaks on the serial port, the job on the virtio console.
             .args([
                 "-serial",
                 &format!("file:{}", folder.join("console").display()),
@@ -202,6 +201,19 @@ impl Lab {
         }
         qemu
     }
+}
+
+/// On a busy machine a virtual CPU can pause at any time. The kernel then measures the frequency of
+/// the time-stamp counter wrongly, by a factor of nine once, or takes the counter for unstable; and
+/// while it changes to another clock, it can wait for ever in `stop_machine()` for a CPU that is in
+/// the counter's watchdog. So it is told the frequency, and that the counter can be relied upon.
+fn kernel_command_line(count_instructions: bool) -> String {
+    let khz = match count_instructions {
+        // An instruction takes a nanosecond.
+        true => 1_000_000,
+        false => tsc::khz(),
+    };
+    format!("console=ttyS0 loglevel=5 panic=-1 tsc_early_khz={khz} tsc=reliable")
 }
 
 /// What level 1 is made of, where steps of their own build it.

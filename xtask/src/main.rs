@@ -20,6 +20,7 @@ mod python;
 mod qemu;
 mod qemu_source;
 mod test;
+mod tsc;
 
 use std::process::ExitCode;
 
