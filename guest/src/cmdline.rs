@@ -15,11 +15,47 @@ pub enum Scenario {
     Fault,
     /// Requests that must be refused.
     Bad,
+    /// Random ranges, each CPU's across its neighbours'.
+    Storm,
+    /// Random numbers in every register of the hypercall, and random touches.
+    Hostile,
+    /// The same pages back and forth.
+    Flip,
+    /// What a guest before this one has left.
+    Reset,
+    /// Few touches of much memory.
+    Large,
+    /// Shared and private touches side by side, of memory that nobody has decided.
+    Race,
+    /// Much memory converted and never touched, also while the host has none.
+    Sweep,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 4] = [Self::Idle, Self::Hypercall, Self::Fault, Self::Bad];
+    pub const ALL: [Self; 11] = [
+        Self::Idle,
+        Self::Hypercall,
+        Self::Fault,
+        Self::Bad,
+        Self::Storm,
+        Self::Hostile,
+        Self::Flip,
+        Self::Reset,
+        Self::Large,
+        Self::Race,
+        Self::Sweep,
+    ];
+
+    /// Is it part of `scenario=all`: does the guest know exactly what the hypervisor then counts?
+    fn in_all(self) -> bool {
+        matches!(self, Self::Idle | Self::Hypercall | Self::Fault | Self::Bad)
+    }
+
+    /// Does it consist of memory faults?
+    fn needs_shared_bit(self) -> bool {
+        matches!(self, Self::Fault | Self::Race)
+    }
 
     /// The name on the command line and in the report.
     #[must_use]
@@ -29,6 +65,13 @@ impl Scenario {
             Self::Hypercall => "hypercall",
             Self::Fault => "fault",
             Self::Bad => "bad",
+            Self::Storm => "storm",
+            Self::Hostile => "hostile",
+            Self::Flip => "flip",
+            Self::Reset => "reset",
+            Self::Large => "large",
+            Self::Race => "race",
+            Self::Sweep => "sweep",
         }
     }
 }
@@ -85,6 +128,8 @@ pub struct Options {
     pub strict_from: u64,
     /// Start of the pseudo-random sequences.
     pub seed: u64,
+    /// How often a scenario does what it does, if it should not decide that.
+    pub count: Option<u64>,
     /// Seconds after which the guest gives up.
     pub timeout: u64,
     /// Whether the hypervisor frees the view that a page has left. If not, a page may read as it
@@ -108,8 +153,8 @@ pub enum Error<'a> {
         /// What would work.
         wanted: &'static str,
     },
-    /// `scenario=fault` or `bench=fault` without a shared bit.
-    FaultNeedsSharedBit,
+    /// A scenario or `bench=fault` without a shared bit.
+    NeedsSharedBit(&'static str),
     /// `bench=` beside `scenario=`.
     BenchAndScenario,
 }
@@ -125,16 +170,16 @@ impl fmt::Display for Error<'_> {
                 return write!(
                     f,
                     "'{word}' is unknown: use scenario=, smp=, shared-bit=, strict-from=, seed=, \
-                     timeout=, discard= or bench="
+                     count=, timeout=, discard= or bench="
                 );
             }
             Self::Value { word, wanted } => {
                 return write!(f, "'{word}' does not work: use {wanted}");
             }
-            Self::FaultNeedsSharedBit => {
+            Self::NeedsSharedBit(word) => {
                 return write!(
                     f,
-                    "scenario=fault and bench=fault need shared-bit=N, as given to sw-protected-guest"
+                    "{word} needs shared-bit=N, as given to sw-protected-guest"
                 );
             }
             Self::BenchAndScenario => {
@@ -167,6 +212,7 @@ impl Options {
             shared_bit: None,
             strict_from: 4 << 30,
             seed: 1,
+            count: None,
             timeout: 120,
             discards: true,
         };
@@ -187,6 +233,10 @@ impl Options {
                     options.strict_from = number(word, value, 0..=u64::MAX, "an address")?;
                 }
                 "seed" => options.seed = number(word, value, 0..=u64::MAX, "a number")?,
+                "count" => {
+                    options.count =
+                        Some(number(word, value, 1..=1 << 32, "a number from 1 to 2^32")?);
+                }
                 "timeout" => {
                     options.timeout = number(word, value, 1..=86_400, "seconds, up to 86400")?
                 }
@@ -195,9 +245,9 @@ impl Options {
                 _ => return Err(Error::UnknownWord(word)),
             }
         }
-        if all {
-            options.selected = [true; Scenario::ALL.len()];
-            options.selected[Scenario::Fault as usize] = options.shared_bit.is_some();
+        for scenario in Scenario::ALL {
+            let possible = options.shared_bit.is_some() || !scenario.needs_shared_bit();
+            options.selected[scenario as usize] |= all && scenario.in_all() && possible;
         }
         let nothing = options.selected == [false; Scenario::ALL.len()];
         match (options.bench, nothing) {
@@ -205,11 +255,22 @@ impl Options {
             (Some(_), false) => return Err(Error::BenchAndScenario),
             _ => {}
         }
-        let faults = options.runs(Scenario::Fault) || options.bench == Some(Bench::Fault);
-        if faults && options.shared_bit.is_none() {
-            return Err(Error::FaultNeedsSharedBit);
+        if options.shared_bit.is_none()
+            && let Some(word) = options.word_that_needs_shared_bit()
+        {
+            return Err(Error::NeedsSharedBit(word));
         }
         Ok(options)
+    }
+
+    fn word_that_needs_shared_bit(&self) -> Option<&'static str> {
+        if self.runs(Scenario::Fault) {
+            Some("scenario=fault")
+        } else if self.runs(Scenario::Race) {
+            Some("scenario=race")
+        } else {
+            (self.bench == Some(Bench::Fault)).then_some("bench=fault")
+        }
     }
 
     /// Was this scenario asked for?
@@ -294,6 +355,10 @@ mod tests {
             selected("scenario=all shared-bit=38"),
             ["idle", "hypercall", "fault", "bad"]
         );
+        assert_eq!(
+            selected("scenario=sweep,storm,race shared-bit=38"),
+            ["storm", "race", "sweep"]
+        );
     }
 
     #[test]
@@ -310,15 +375,20 @@ mod tests {
             bench("scenario=idle bench=start"),
             Err(Error::BenchAndScenario)
         );
-        assert_eq!(bench("bench=fault"), Err(Error::FaultNeedsSharedBit));
+        assert_eq!(
+            bench("bench=fault"),
+            Err(Error::NeedsSharedBit("bench=fault"))
+        );
         assert!(matches!(bench("bench=x"), Err(Error::Value { .. })));
     }
 
     #[test]
     fn values() {
-        let options =
-            Options::parse("scenario=fault smp=4 shared-bit=38 seed=0xff timeout=9 discard=keep")
-                .unwrap();
+        let options = Options::parse(
+            "scenario=fault smp=4 shared-bit=38 seed=0xff count=7 timeout=9 discard=keep",
+        )
+        .unwrap();
+        assert_eq!(options.count, Some(7));
         assert_eq!(options.smp, Some(4));
         assert_eq!(options.shared_bit, Some(38));
         assert_eq!(options.strict_from, 4 << 30);
@@ -350,7 +420,11 @@ mod tests {
         );
         assert_eq!(
             Options::parse("scenario=fault"),
-            Err(Error::FaultNeedsSharedBit)
+            Err(Error::NeedsSharedBit("scenario=fault"))
+        );
+        assert_eq!(
+            Options::parse("scenario=race"),
+            Err(Error::NeedsSharedBit("scenario=race"))
         );
         for word in [
             "smp=0",
@@ -358,6 +432,7 @@ mod tests {
             "shared-bit=50",
             "shared-bit=3",
             "timeout=0",
+            "count=0",
             "seed=-1",
             "discard=off",
         ] {
@@ -373,7 +448,8 @@ mod tests {
     fn messages_say_what_would_work() {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
-            "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,all"
+            "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
+             reset,large,race,sweep,all"
         );
     }
 }

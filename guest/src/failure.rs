@@ -2,6 +2,7 @@
 //! What can be wrong.
 
 use core::fmt;
+use guestmemfd_guest::hostile::{Answer, Call};
 use guestmemfd_guest::model::Intent;
 
 /// Why a test failed. Prints as TAP diagnostics.
@@ -30,6 +31,15 @@ pub(crate) enum Failure {
         got: i64,
         /// What it should have been.
         expected: &'static str,
+    },
+    /// A hypercall with any numbers was answered with something else than those allow.
+    Call {
+        /// The numbers.
+        call: Call,
+        /// The answer.
+        got: i64,
+        /// What it should have been.
+        expected: Answer,
     },
     /// QEMU could not write to shared memory.
     Host {
@@ -68,6 +78,19 @@ impl fmt::Display for Failure {
                     "# request gpa {gpa:#x} pages {pages:#x} attributes {attributes:#x}"
                 )?;
                 write!(f, "# got: {got}\n# expected: {expected}")
+            }
+            Self::Call {
+                call,
+                got,
+                expected,
+            } => {
+                let [rbx, rcx, rdx, rsi] = call.arguments;
+                writeln!(
+                    f,
+                    "# rax {:#x} rbx {rbx:#x} rcx {rcx:#x} rdx {rdx:#x} rsi {rsi:#x}",
+                    call.number
+                )?;
+                write!(f, "# got: {got}\n# expected: {expected:?}")
             }
             Self::Host { gpa } => {
                 writeln!(f, "# fw_cfg DMA to the shared page at gpa {gpa:#x}")?;

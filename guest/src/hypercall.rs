@@ -9,7 +9,7 @@ use spin::Once;
 /// The attribute that asks for the private view.
 pub(crate) const ENCRYPTED: u64 = 1 << 4;
 
-const MAP_GPA_RANGE: u64 = 12;
+use guestmemfd_guest::hostile::MAP_GPA_RANGE;
 const ENOSYS: i64 = -1000;
 const KVM_LEAF: u32 = 0x4000_0000;
 
@@ -34,6 +34,14 @@ pub(crate) fn enabled() -> bool {
 
 /// `KVM_HC_MAP_GPA_RANGE`: 0, or an error number below 0.
 pub(crate) fn map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> i64 {
+    call(MAP_GPA_RANGE, [gpa, pages, attributes, 0])
+}
+
+/// Any hypercall: its number and its arguments. Gives what KVM leaves in rax.
+///
+/// A hypercall may have KVM write to memory, or interrupt CPUs: the caller answers for the numbers.
+pub(crate) fn call(number: u64, arguments: [u64; 4]) -> i64 {
+    let [gpa, pages, attributes, fourth] = arguments;
     let intel = intel();
     let result: i64;
     // SAFETY: the hypercall changes what test memory holds, which is accessed with volatile
@@ -41,10 +49,12 @@ pub(crate) fn map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> i64 {
     unsafe {
         if intel {
             asm!("xchg rbx, {gpa}", "vmcall", "xchg rbx, {gpa}", gpa = inout(reg) gpa => _,
-                inlateout("rax") MAP_GPA_RANGE => result, in("rcx") pages, in("rdx") attributes, options(nostack));
+                inlateout("rax") number => result, in("rcx") pages, in("rdx") attributes,
+                in("rsi") fourth, options(nostack));
         } else {
             asm!("xchg rbx, {gpa}", "vmmcall", "xchg rbx, {gpa}", gpa = inout(reg) gpa => _,
-                inlateout("rax") MAP_GPA_RANGE => result, in("rcx") pages, in("rdx") attributes, options(nostack));
+                inlateout("rax") number => result, in("rcx") pages, in("rdx") attributes,
+                in("rsi") fourth, options(nostack));
         }
     }
     result

@@ -63,6 +63,25 @@ impl Area {
         })
     }
 
+    /// All slices of so many CPUs.
+    #[must_use]
+    pub fn all_slices(&self, cpus: usize) -> Range {
+        Range {
+            start: self.slices,
+            end: self.slice(cpus),
+        }
+    }
+
+    /// What lies between the slices of so many CPUs and the edge, in whole 2 MiB.
+    #[must_use]
+    pub fn rest(&self, cpus: usize) -> Range {
+        let start = self.slice(cpus);
+        Range {
+            start,
+            end: start.max(self.edge / TWO_MIB * TWO_MIB),
+        }
+    }
+
     /// The slice of a CPU.
     #[must_use]
     pub fn slice(&self, cpu: usize) -> u64 {
@@ -98,7 +117,9 @@ impl Range {
         (both.start < both.end).then_some(both)
     }
 
-    fn contains(self, other: Self) -> bool {
+    /// Does it hold all of another?
+    #[must_use]
+    pub fn contains(self, other: Self) -> bool {
         self.start <= other.start && other.end <= self.end
     }
 }
@@ -131,6 +152,8 @@ mod tests {
         assert_eq!(area.slice(3), 50 * MIB);
         assert_eq!(area.edge, 64 * MIB - 0x25000);
         assert_eq!(area.ram_end, 64 * MIB);
+        assert_eq!(area.all_slices(4), range(32 * MIB, 56 * MIB));
+        assert_eq!(area.rest(4), range(56 * MIB, 62 * MIB));
         assert_eq!(find(Range::LOW, &usable, &[range(0, 64 * MIB)], 6), None);
         assert_eq!(find(Range::HIGH, &usable, &[range(0, 64 * MIB)], 1), None);
     }

@@ -7,10 +7,12 @@
 #![forbid(unsafe_code)]
 
 pub mod cmdline;
+pub mod hostile;
 pub mod layout;
 pub mod model;
 pub mod pattern;
 pub mod samples;
+pub mod storm;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;

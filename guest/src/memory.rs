@@ -28,6 +28,11 @@ impl TestMemory {
         }
     }
 
+    /// How many pages it has.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
     /// Does an address lie in it?
     pub(crate) fn contains(&self, gpa: u64) -> bool {
         gpa.checked_sub(self.start)

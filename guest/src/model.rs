@@ -67,6 +67,16 @@ impl AddAssign for Counts {
     }
 }
 
+/// Pages that have been read or written since they entered the view that they are in: those that the
+/// host must have memory for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// In the private view.
+    pub private: u64,
+    /// In the shared view.
+    pub shared: u64,
+}
+
 /// The states of neighbouring pages, and the events so far.
 #[derive(Debug)]
 pub struct Model<'a> {

@@ -31,11 +31,16 @@ impl Random {
         Self(mix(seed))
     }
 
+    /// The next number, of all that 64 bits can hold.
+    pub fn any(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        mix(self.0)
+    }
+
     /// The next number, below `limit`. A limit of 0 gives 0.
     pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(1);
         // The bias of the remainder does not matter for choosing pages.
-        mix(self.0).checked_rem(limit).unwrap_or(0)
+        self.any().checked_rem(limit).unwrap_or(0)
     }
 }
 

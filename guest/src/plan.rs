@@ -6,6 +6,7 @@ use crate::{cpu, fwcfg, hypercall, memmap, paging, smp, tap};
 use core::fmt;
 use guestmemfd_guest::PAGE_SIZE;
 use guestmemfd_guest::cmdline::Options;
+use guestmemfd_guest::hostile::World;
 use guestmemfd_guest::layout::{Area, EDGE_PAGES, Range, SLICE_PAGES, SLICE_SIZE};
 use spin::Once;
 
@@ -166,6 +167,60 @@ impl Plan {
         // SAFETY: the firmware leaves the memory to us, it is mapped, and no two CPUs have the same
         // number.
         unsafe { TestMemory::new(area.slice(cpu), SLICE_PAGES, self.options.shared_bit) }
+    }
+
+    /// The slices of all CPUs. What is in them changes under the hands of a CPU that has not agreed
+    /// with the others on who uses what.
+    pub(crate) fn all_slices(&self, area: &Area) -> TestMemory {
+        let pages = self.cpus * SLICE_PAGES;
+        // SAFETY: as for `slice`, but that the CPUs share it: it is accessed with volatile
+        // instructions only.
+        unsafe { TestMemory::new(area.slices, pages, self.options.shared_bit) }
+    }
+
+    /// What lies behind the slices, for all CPUs.
+    pub(crate) fn rest(&self, area: &Area) -> TestMemory {
+        let rest = area.rest(self.cpus);
+        let pages = (rest.size() / PAGE_SIZE) as usize;
+        for gib in 0..=rest.size() >> 30 {
+            self.map_both_views((rest.start + (gib << 30)).min(rest.end));
+        }
+        // SAFETY: as for `all_slices`; it ends before the edge begins, and has just been mapped.
+        unsafe { TestMemory::new(rest.start, pages, self.options.shared_bit) }
+    }
+
+    /// A page behind the end of RAM: reads find nothing there, and writes are lost.
+    pub(crate) fn nothing(&self, area: &Area) -> TestMemory {
+        let start = area
+            .ram_end
+            .max(Range::HIGH.start)
+            .next_multiple_of(1 << 30);
+        self.map_both_views(start);
+        // SAFETY: nothing lives where nothing is, and it has just been mapped.
+        unsafe { TestMemory::new(start, 1, self.options.shared_bit) }
+    }
+
+    /// Guest physical space, as far as a request by one of the CPUs can do harm.
+    pub(crate) fn world(&self) -> World {
+        let low = self.areas[0].as_ref();
+        let high = self.areas[1].as_ref().or(low);
+        let pair = |range: &dyn Fn(&Area) -> Range| {
+            let of = |area: Option<&Area>| area.map_or(Range { start: 0, end: 0 }, range);
+            [of(low), of(high)]
+        };
+        World {
+            // All that lies below the end: better too much than too little.
+            ram: pair(&|area| Range {
+                start: if area.slices < Range::HIGH.start {
+                    0
+                } else {
+                    Range::HIGH.start
+                },
+                end: area.ram_end,
+            }),
+            tests: pair(&|area| area.all_slices(self.cpus)),
+            shared_bit: self.options.shared_bit,
+        }
     }
 
     /// The last pages of an area, for the boot CPU.

@@ -93,6 +93,33 @@ pub(crate) fn run(plan: &'static Plan, scenario: Scenario) {
     }
 }
 
+/// Where the CPUs of a scenario wait for each other.
+#[derive(Debug)]
+pub(crate) struct Barrier(AtomicUsize);
+
+impl Barrier {
+    /// Nobody is there yet.
+    pub(crate) const fn new() -> Self {
+        Self(AtomicUsize::new(0))
+    }
+
+    /// Waits until all of so many CPUs have come here equally often.
+    pub(crate) fn wait(&self, cpus: usize) {
+        let before = self.0.fetch_add(1, Ordering::AcqRel);
+        let last = (before / cpus + 1) * cpus;
+        let mut patience = 1000;
+        while self.0.load(Ordering::Acquire) < last {
+            // Others may need the processor on which this CPU runs.
+            if patience == 0 {
+                cpu::wait();
+            } else {
+                patience -= 1;
+                core::hint::spin_loop();
+            }
+        }
+    }
+}
+
 /// Waits for a condition; returns whether it came true in time.
 fn sleep_until(deadline: u64, condition: impl Fn() -> bool) -> bool {
     while !condition() {

@@ -14,8 +14,18 @@ use guestmemfd_guest::pattern::{self, WORDS};
 /// The result of a step or of a test.
 pub(crate) type Check = Result<(), Failure>;
 
-/// What KVM and QEMU answer to requests that make no sense.
-pub(crate) const EINVAL: i64 = -22;
+pub(crate) use guestmemfd_guest::hostile::EINVAL;
+
+/// What a page must hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Whatever was there before.
+    Unknown,
+    /// Zeros.
+    Empty,
+    /// The pattern of a tag.
+    Tag(u64),
+}
 
 /// Pages under test, by number, and what must be true of them.
 #[derive(Debug)]
@@ -91,6 +101,36 @@ impl Tester<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A page must hold this.
+    pub(crate) fn page_holds(&mut self, page: usize, intent: Intent, content: Content) -> Check {
+        match content {
+            Content::Unknown => {
+                self.touch(page, intent);
+                self.memory.read(page, intent, 0);
+                Ok(())
+            }
+            Content::Empty => self.is_empty(page..page + 1, intent),
+            Content::Tag(tag) => self.holds(page..page + 1, intent, tag),
+        }
+    }
+
+    /// What a page holds that has just entered another view.
+    pub(crate) fn fresh(&self) -> Content {
+        if self.plan.options.discards {
+            Content::Empty
+        } else {
+            Content::Unknown
+        }
+    }
+
+    /// The view in which a page is.
+    pub(crate) fn view(&self, page: usize) -> Intent {
+        match self.model.state(page) {
+            State::Private => Intent::Private,
+            State::Shared | State::Undecided => Intent::Shared,
+        }
     }
 
     /// Has QEMU write to a shared page, and looks at it through the shared view.

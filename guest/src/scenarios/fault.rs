@@ -3,7 +3,7 @@
 //! means, and a page that is in the other one has to be converted before the access can complete.
 
 use super::Run;
-use crate::tester::{Check, Tester};
+use crate::tester::{Check, Content, Tester};
 use core::ops::Range;
 use guestmemfd_guest::model::Intent::{self, Private, Shared};
 use guestmemfd_guest::model::State;
@@ -124,17 +124,6 @@ fn write_across(tester: &mut Tester<'_>) -> Check {
     Ok(())
 }
 
-/// What a page must hold.
-#[derive(Debug, Clone, Copy)]
-enum Content {
-    /// Whatever was there before.
-    Unknown,
-    /// Zeros.
-    Empty,
-    /// The pattern of a tag.
-    Tag(u64),
-}
-
 /// Reads and writes through both views in an order given by the seed; other pages must not notice.
 fn random(tester: &mut Tester<'_>, cpu: usize) -> Check {
     let mut contents = [Content::Unknown; LARGE];
@@ -149,45 +138,26 @@ fn random(tester: &mut Tester<'_>, cpu: usize) -> Check {
         };
         let content = &mut contents[number];
         if changes_view(tester.model.state(page), intent) {
-            *content = if tester.plan.options.discards {
-                Content::Empty
-            } else {
-                Content::Unknown
-            };
+            *content = tester.fresh();
         }
         if random.below(2) == 0 {
             *content = Content::Tag(FIRST_RANDOM + access as u64);
             tester.fill(page..page + 1, intent, FIRST_RANDOM + access as u64);
         } else {
-            page_holds(tester, page, intent, *content)?;
+            tester.page_holds(page, intent, *content)?;
         }
     }
     for (number, content) in contents.into_iter().enumerate() {
         let page = MIDDLE.start + number;
-        let intent = match tester.model.state(page) {
-            State::Private => Private,
-            State::Shared | State::Undecided => Shared,
-        };
-        page_holds(tester, page, intent, content)?;
+        tester.page_holds(page, tester.view(page), content)?;
     }
     Ok(())
 }
 
-fn changes_view(state: State, intent: Intent) -> bool {
+/// Does an access move a page, as far as the guest can see?
+pub(super) fn changes_view(state: State, intent: Intent) -> bool {
     match intent {
         Private => state != State::Private,
         Shared => state == State::Private,
-    }
-}
-
-fn page_holds(tester: &mut Tester<'_>, page: usize, intent: Intent, content: Content) -> Check {
-    match content {
-        Content::Unknown => {
-            tester.touch(page, intent);
-            tester.memory.read(page, intent, 0);
-            Ok(())
-        }
-        Content::Empty => tester.is_empty(page..page + 1, intent),
-        Content::Tag(tag) => tester.holds(page..page + 1, intent, tag),
     }
 }

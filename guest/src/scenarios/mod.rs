@@ -4,7 +4,14 @@
 mod bad;
 pub(crate) mod bench;
 mod fault;
+mod flip;
+mod hostile;
 mod hypercall;
+mod large;
+mod race;
+mod reset;
+mod storm;
+mod sweep;
 
 pub(crate) use guestmemfd_guest::cmdline::Scenario;
 
@@ -15,8 +22,9 @@ use crate::memory::TestMemory;
 use crate::plan::Plan;
 use crate::tester::{Check, Tester};
 use crate::{smp, tap};
+use core::ops::Range;
 use guestmemfd_guest::layout::{Area, EDGE_PAGES, SLICE_PAGES};
-use guestmemfd_guest::model::{Counts, Model, State};
+use guestmemfd_guest::model::{Counts, Intent, Model, State, Touched};
 use spin::Mutex;
 
 const AREAS: usize = 2;
@@ -41,6 +49,8 @@ struct Log {
 struct CpuState {
     log: Log,
     counts: Counts,
+    /// In scenarios that keep count of it.
+    touched: Touched,
     slices: [[State; SLICE_PAGES]; AREAS],
     /// Used by the boot CPU alone.
     edges: [[State; EDGE_PAGES]; AREAS],
@@ -62,6 +72,10 @@ static CPUS: [Mutex<CpuState>; MAX_CPUS] = [const {
             faults_private: 0,
             faults_shared: 0,
         },
+        touched: Touched {
+            private: 0,
+            shared: 0,
+        },
         slices: [[State::Undecided; SLICE_PAGES]; AREAS],
         edges: [[State::Undecided; EDGE_PAGES]; AREAS],
     })
@@ -76,9 +90,21 @@ struct Run<'a> {
     area: &'static str,
     tester: Tester<'a>,
     log: &'a mut Log,
+    touched: &'a mut Touched,
 }
 
 impl Run<'_> {
+    /// The guest has touched these pages since they were converted last, in the view that they are
+    /// in.
+    fn touched(&mut self, pages: Range<usize>) {
+        for page in pages {
+            match self.tester.view(page) {
+                Intent::Private => self.touched.private += 1,
+                Intent::Shared => self.touched.shared += 1,
+            }
+        }
+    }
+
     /// Carries out a test and keeps its outcome.
     fn test(&mut self, text: &'static str, body: impl FnOnce(&mut Tester<'_>) -> Check) {
         *CURRENT[self.cpu].lock() = text;
@@ -125,8 +151,8 @@ pub(crate) fn run_all(plan: &'static Plan) -> bool {
 fn lacking(plan: &Plan, scenario: Scenario) -> Option<Failure> {
     let by_request = match scenario {
         Scenario::Idle => return None,
-        Scenario::Fault => false,
-        Scenario::Hypercall | Scenario::Bad => true,
+        Scenario::Fault | Scenario::Race => false,
+        _ => true,
     };
     if !plan.kvm {
         return Some(Failure::Missing(
@@ -143,6 +169,19 @@ fn lacking(plan: &Plan, scenario: Scenario) -> Option<Failure> {
             "no test memory at or above strict-from= (default 4 GiB): use max-ram-below-4g=",
         ));
     }
+    let in_rest = matches!(scenario, Scenario::Large | Scenario::Race | Scenario::Sweep);
+    if in_rest
+        && plan
+            .areas
+            .iter()
+            .flatten()
+            .last()
+            .is_none_or(|area| area.rest(plan.cpus).size() == 0)
+    {
+        return Some(Failure::Missing(
+            "no memory behind the slices: use more of it",
+        ));
+    }
     (by_request && !enabled()).then_some(Failure::Missing(
         "the hypervisor has not enabled KVM_HC_MAP_GPA_RANGE: use a machine with private memory",
     ))
@@ -154,12 +193,19 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
     let CpuState {
         log,
         counts,
+        touched,
         slices,
         edges,
     } = &mut *state;
     for (index, area) in plan.areas.iter().enumerate() {
         let Some(area) = area else { continue };
-        if scenario == Scenario::Fault && !plan.is_strict(area) {
+        let strict = plan.is_strict(area);
+        if matches!(scenario, Scenario::Fault | Scenario::Race) && !strict {
+            continue;
+        }
+        // One area is enough to fill much memory, and the one above 4 GiB is the larger one.
+        let last = plan.areas[index + 1..].iter().all(Option::is_none);
+        if matches!(scenario, Scenario::Large | Scenario::Sweep) && !last {
             continue;
         }
         let mut run = Run {
@@ -167,26 +213,44 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             area: area.name,
             tester: tester(plan, plan.slice(area, cpu), &mut slices[index]),
             log,
+            touched,
         };
         match scenario {
             Scenario::Idle => {}
             Scenario::Hypercall => hypercall::run(&mut run),
             Scenario::Fault => fault::run(&mut run, cpu),
             Scenario::Bad => bad::run(&mut run),
+            Scenario::Storm => storm::run(&mut run, cpu, strict, plan.all_slices(area)),
+            Scenario::Hostile => {
+                let memory = || [plan.all_slices(area), plan.nothing(area)];
+                hostile::run(&mut run, cpu, strict.then(memory));
+            }
+            Scenario::Flip => flip::run(&mut run, strict),
+            Scenario::Reset => reset::run(&mut run),
+            Scenario::Large => large::run(&mut run, cpu, strict, plan.rest(area)),
+            Scenario::Race => race::run(&mut run, cpu, plan.rest(area)),
+            Scenario::Sweep => sweep::run(&mut run, cpu, plan.rest(area)),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {
-            *counts += run_at_edge(plan, area, &mut edges[index], log);
+            *counts += run_at_edge(plan, area, &mut edges[index], log, touched);
         }
     }
 }
 
-fn run_at_edge(plan: &Plan, area: &Area, states: &mut [State], log: &mut Log) -> Counts {
+fn run_at_edge(
+    plan: &Plan,
+    area: &Area,
+    states: &mut [State],
+    log: &mut Log,
+    touched: &mut Touched,
+) -> Counts {
     let mut run = Run {
         cpu: 0,
         area: area.name,
         tester: tester(plan, plan.edge(area), states),
         log,
+        touched,
     };
     bad::run_at_edge(&mut run, area.ram_end);
     run.tester.model.counts
@@ -228,9 +292,12 @@ fn report(plan: &Plan, scenario: Scenario) -> bool {
 fn summarise(plan: &Plan) {
     let mut sum = Counts::default();
     let (mut private, mut shared) = (0, 0);
+    let mut touched = Touched::default();
     for state in CPUS.iter().take(plan.cpus) {
         let state = state.lock();
         sum += state.counts;
+        touched.private += state.touched.private;
+        touched.shared += state.touched.shared;
         let pages = state
             .slices
             .iter()
@@ -255,6 +322,10 @@ fn summarise(plan: &Plan) {
     ));
     tap::note(format_args!(
         "left private-pages={private} shared-pages={shared}"
+    ));
+    tap::note(format_args!(
+        "touched touched-private={} touched-shared={}",
+        touched.private, touched.shared
     ));
 }
 
