@@ -101,7 +101,8 @@ pub(crate) fn bench(options: &Options) -> bool {
 
 fn run(options: &Options) -> Result<()> {
     let group = matches!(options.bench, Bench::Start | Bench::Twice);
-    let group = group.then(|| Group::enter("bench")).transpose()?;
+    let group = group.then(|| Group::new("bench")).transpose()?;
+    let _inside = group.as_ref().map(Group::enter).transpose()?;
     let mut command = command(options)?;
     let before = Instant::now();
     let mut child = command
@@ -118,7 +119,11 @@ fn run(options: &Options) -> Result<()> {
             at_start = Some(group.as_ref().map(Group::current).transpose()?.unwrap_or(0));
             if let (Bench::Start, Some(group)) = (options.bench, &group) {
                 measured("start", "time", took.as_nanos().try_into()?);
-                measured("start", "kernel-memory", group.kernel()?);
+                measured(
+                    "start",
+                    "kernel-memory",
+                    group.value("memory.stat", "kernel")?,
+                );
             }
         }
         println!("{}", line.trim_end());

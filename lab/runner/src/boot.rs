@@ -65,13 +65,13 @@ fn try_boot(options: &Options) -> Result<String> {
     if let Some(why) = needs.iter().find_map(|need| machine.lacks(*need)) {
         bail!("this machine cannot run the guest: {why}");
     }
-    let strict = match (options.scenario, machine.lacks(Need::StrictMode)) {
-        (Scenario::All | Scenario::Fault, None) => Some(Strict::on()?),
-        (Scenario::All, Some(why)) => {
+    let strict = match machine.lacks(Need::StrictMode) {
+        _ if !options.scenario.uses_strict_mode() => None,
+        None => Some(Strict::on()?),
+        Some(why) => {
             println!("without memory faults: {why}");
             None
         }
-        _ => None,
     };
 
     let mut vm = Vm::conformance(

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! A control group that this process and what it starts are in: how much memory they use, the
-//! kernel's own for them included.
+//! A control group around a process, to see and to limit what memory the kernel gives it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,22 +8,34 @@ use anyhow::{Context, Result};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Left again when it is dropped.
+/// A cgroup with the memory controller; removed when its owner is gone and its processes are.
 #[derive(Debug)]
-#[must_use]
 pub(crate) struct Group(PathBuf);
 
+/// This process and its children are in a cgroup while this lives.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Inside;
+
 impl Group {
-    /// Makes one and enters it.
-    pub(crate) fn enter(name: &str) -> Result<Self> {
-        let path = Path::new(ROOT).join(name);
-        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        let group = Self(path);
-        move_to(&group.0)?;
-        Ok(group)
+    /// Makes one.
+    pub(crate) fn new(name: &str) -> Result<Self> {
+        let path = Path::new(ROOT).join(format!("guestmemfd-lab-{name}"));
+        match fs::create_dir(&path) {
+            Err(why) if why.kind() != std::io::ErrorKind::AlreadyExists => {
+                Err(why).with_context(|| format!("cannot create {}", path.display()))
+            }
+            _ => Ok(Self(path)),
+        }
     }
 
-    /// Bytes in use now.
+    /// Enters it: whoever is started now begins its life in it, so that all its memory is counted.
+    pub(crate) fn enter(&self) -> Result<Inside> {
+        move_to(&self.0)?;
+        Ok(Inside)
+    }
+
+    /// Bytes in use.
     pub(crate) fn current(&self) -> Result<u64> {
         number(&self.read("memory.current")?)
     }
@@ -34,31 +45,47 @@ impl Group {
         number(&self.read("memory.peak")?)
     }
 
-    /// Bytes that the kernel uses for itself.
-    pub(crate) fn kernel(&self) -> Result<u64> {
-        let text = self.read("memory.stat")?;
-        let value = text.lines().find_map(|line| line.strip_prefix("kernel "));
-        number(value.context("memory.stat has no line 'kernel'")?)
+    /// No more than this, or as much as there is.
+    pub(crate) fn limit(&self, bytes: Option<u64>) -> Result<()> {
+        let text = bytes.map_or("max".to_owned(), |bytes| bytes.to_string());
+        let path = self.0.join("memory.max");
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    fn read(&self, name: &str) -> Result<String> {
-        let path = self.0.join(name);
+    /// A line of memory.events or memory.stat.
+    pub(crate) fn value(&self, file: &str, name: &str) -> Result<u64> {
+        let text = self.read(file)?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        number(line.with_context(|| format!("{file} has no {name}"))?)
+    }
+
+    fn read(&self, file: &str) -> Result<String> {
+        let path = self.0.join(file);
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Left behind it does no harm but that its name is taken.
-        let _ = move_to(Path::new(ROOT));
+        // Stays behind empty if a process still dies in it, which harms nobody.
         let _ = fs::remove_dir(&self.0);
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        if let Err(why) = move_to(Path::new(ROOT)) {
+            eprintln!("this process stays in its cgroup: {why:#}");
+        }
     }
 }
 
 fn move_to(group: &Path) -> Result<()> {
     let path = group.join("cgroup.procs");
     fs::write(&path, std::process::id().to_string())
-        .with_context(|| format!("cannot write to {}", path.display()))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn number(text: &str) -> Result<u64> {

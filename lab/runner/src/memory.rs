@@ -225,6 +225,23 @@ impl System {
     }
 }
 
+/// What the kernel uses for itself in the whole system: page tables of guests and processes, and
+/// everything small.
+pub(crate) fn kernel_bytes() -> Result<u64> {
+    meminfo(&["Slab:", "VmallocUsed:", "PageTables:", "SecPageTables:"])
+}
+
+/// The part of it that is everything small.
+pub(crate) fn slab_bytes() -> Result<u64> {
+    meminfo(&["Slab:"])
+}
+
+fn meminfo(names: &[&str]) -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let parts = names.iter().map(|name| kilobytes(&text, name).unwrap_or(0));
+    Ok(parts.sum::<u64>() * 1024)
+}
+
 fn vmstat(text: &str, name: &str) -> Option<u64> {
     let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
     text.lines().find_map(value)

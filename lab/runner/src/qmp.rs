@@ -129,20 +129,26 @@ impl Qmp {
 
     /// Waits for an event with one of these names; other events before it are dropped.
     pub(crate) fn wait_event(&mut self, names: &[&str], limit: Duration) -> Result<Event> {
+        self.poll_event(names, limit)?.with_context(|| {
+            let name = names.join(" or ");
+            format!("no event {name} within {} s", limit.as_secs())
+        })
+    }
+
+    /// The same where none need come.
+    pub(crate) fn poll_event(&mut self, names: &[&str], limit: Duration) -> Result<Option<Event>> {
         let name = names.join(" or ");
         let deadline = Instant::now() + limit;
         loop {
             while let Some(event) = self.events.pop_front() {
                 if names.contains(&event.name.as_str()) {
-                    return Ok(event);
+                    return Ok(Some(event));
                 }
             }
             match self.receive(deadline) {
                 Ok(Message::Event(event)) => self.events.push_back(event),
                 Ok(other) => bail!("{other:?} without a command, while waiting for {name}"),
-                Err(RecvTimeoutError::Timeout) => {
-                    bail!("no event {name} within {} s", limit.as_secs())
-                }
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
                 Err(RecvTimeoutError::Disconnected) => {
                     bail!("QEMU closed QMP before event {name}")
                 }

@@ -59,6 +59,20 @@ pub(crate) enum Scenario {
     Fault,
     /// Hypercalls that must be refused
     Bad,
+    /// All CPUs convert random ranges
+    Storm,
+    /// Random numbers in every register of the hypercall, and random touches
+    Hostile,
+    /// The same pages back and forth
+    Flip,
+    /// Looks for what an earlier guest has left
+    Reset,
+    /// Few touches of much memory
+    Large,
+    /// Shared and private touches of undecided pages side by side; needs strict mode
+    Race,
+    /// Much memory converted and never touched
+    Sweep,
 }
 
 impl Scenario {
@@ -69,15 +83,30 @@ impl Scenario {
             Self::Hypercall => "hypercall",
             Self::Fault => "fault",
             Self::Bad => "bad",
+            Self::Storm => "storm",
+            Self::Hostile => "hostile",
+            Self::Flip => "flip",
+            Self::Reset => "reset",
+            Self::Large => "large",
+            Self::Race => "race",
+            Self::Sweep => "sweep",
         }
     }
 
     /// What it needs of the machine.
     pub(crate) fn needs(self) -> &'static [Need] {
         match self {
-            Self::Fault => &[Need::PrivateMemory, Need::StrictMode],
+            Self::Fault | Self::Race => &[Need::PrivateMemory, Need::StrictMode],
             _ => &[Need::PrivateMemory],
         }
+    }
+
+    /// Does more in strict mode than without?
+    pub(crate) fn uses_strict_mode(self) -> bool {
+        !matches!(
+            self,
+            Self::Idle | Self::Hypercall | Self::Bad | Self::Reset | Self::Sweep
+        )
     }
 }
 
@@ -155,6 +184,15 @@ impl Vm {
     /// Replaces the backend.
     pub(crate) fn with_backend(mut self, object: &str) -> Self {
         self.backend = Some(object.to_owned());
+        self
+    }
+
+    /// Adds words to the guest's command line.
+    pub(crate) fn with_words(mut self, words: &str) -> Self {
+        if let Some((_, append)) = &mut self.kernel {
+            append.push(' ');
+            append.push_str(words);
+        }
         self
     }
 

@@ -29,6 +29,10 @@ pub(super) fn tests() -> Vec<Test> {
     }
     let strict = Scenario::Fault.needs();
     tests.push(Test::new("guest/all-strict-4", strict, all_in_strict_mode));
+    for smp in [1, 4] {
+        let name = format!("guest/flip-{smp}");
+        tests.push(Test::new(name, strict, move |context| flip(context, smp)));
+    }
     // Two of some twenty runs ended in a reset of the guest, for a reason that is not known yet.
     let above = Test::new("guest/memory-above-4g", strict, memory_above_4g);
     tests.push(above.only_in_full());
@@ -100,6 +104,15 @@ fn all_in_strict_mode(context: &Context) -> Result<()> {
     caused(Scenario::Hypercall, &backend)
 }
 
+/// The same pages back and forth, by request and by touching.
+fn flip(context: &Context, smp: u32) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = Vm::conformance(&context.files, Scenario::Flip, true, SIZE, smp);
+    let vm = with_properties(vm, "lazy-attributes=off");
+    let (backend, tap) = run_vm(context, &vm)?;
+    agrees(Scenario::Flip, &backend, &tap)
+}
+
 /// RAM in two windows, below and above the hole for PCI: q35 splits 3 GiB.
 fn memory_above_4g(context: &Context) -> Result<()> {
     let _strict = Strict::on()?;
@@ -156,7 +169,7 @@ fn lazy(context: &Context, smp: u32) -> Result<()> {
 }
 
 /// Nothing is under way or owed after the end.
-fn settled(backend: &Backend) -> Result<()> {
+pub(super) fn settled(backend: &Backend) -> Result<()> {
     ensure!(
         backend.transition_bytes == 0,
         "{} bytes in transition",
@@ -220,6 +233,7 @@ fn caused(scenario: Scenario, backend: &Backend) -> Result<()> {
             );
         }
         Scenario::Bad => ensure!(backend.refused > 0, "nothing was refused: {backend:?}"),
+        _ => ensure!(both_ways, "no conversions both ways: {backend:?}"),
     }
     Ok(())
 }

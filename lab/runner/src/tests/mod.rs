@@ -3,11 +3,16 @@
 
 mod freed;
 mod guests;
+mod hostile;
+mod large;
 mod measure;
+mod no_memory;
 mod object;
 mod object_qmp;
 mod query;
+mod reset;
 mod robust;
+mod storm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -118,6 +123,11 @@ fn all() -> Vec<Test> {
         guests::tests(),
         freed::tests(),
         robust::tests(),
+        reset::tests(),
+        storm::tests(),
+        hostile::tests(),
+        large::tests(),
+        no_memory::tests(),
     ]
     .into_iter()
     .flatten()

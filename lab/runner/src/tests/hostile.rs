@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! A guest that sends any numbers and touches any memory: nothing comes of it.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::{Context, SIZE, Test, freed, guests};
+use crate::guest;
+use crate::memory::{self, Holdings, Kind};
+use crate::probe::Need;
+use crate::query;
+use crate::strict::Strict;
+use crate::vm::{Scenario, Vm};
+
+/// Calls and touches in every run of the tests.
+const COUNT: u64 = 100_000;
+/// And with `--full`.
+const FULL_COUNT: u64 = 1_000_000;
+
+/// What QEMU and the kernel may need on top of guest RAM.
+const OVERHEAD: u64 = 16 << 20;
+
+/// For the long one.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+pub(super) fn tests() -> Vec<Test> {
+    let needs = &[Need::PrivateMemory, Need::StrictMode];
+    let test = |name: &str, count| {
+        Test::new(format!("hostile/{name}"), needs, move |context| {
+            hostile(context, count)
+        })
+    };
+    vec![test("1e5", COUNT), test("1e6", FULL_COUNT).only_in_full()]
+}
+
+fn hostile(context: &Context, count: u64) -> Result<()> {
+    let _strict = Strict::on()?;
+    let words = format!("count={count} timeout={}", LIMIT.as_secs());
+    let vm = Vm::conformance(&context.files, Scenario::Hostile, true, SIZE, 2).with_words(&words);
+    let mut qemu = context.start(&vm)?;
+    let before = (Holdings::of(qemu.pid())?, memory::kernel_bytes()?);
+    guest::run(&mut qemu, LIMIT)?;
+    let after = (Holdings::of(qemu.pid())?, memory::kernel_bytes()?);
+    println!("# before {before:?}, after {after:?}");
+    ensure!(
+        after.0.anonymous <= before.0.anonymous + OVERHEAD,
+        "QEMU's own memory has grown from {} to {} bytes",
+        before.0.anonymous,
+        after.0.anonymous
+    );
+    ensure!(
+        after.1 <= before.1 + OVERHEAD,
+        "the kernel's own memory has grown from {} to {} bytes",
+        before.1,
+        after.1
+    );
+    let files = memory::backings(qemu.pid())?;
+    let allocated: u64 = [Kind::Memfd, Kind::GuestMemfd]
+        .iter()
+        .filter_map(|kind| memory::allocated(&files, *kind))
+        .sum();
+    ensure!(
+        allocated <= SIZE.0,
+        "{allocated} bytes are allocated for {} bytes of RAM",
+        SIZE.0
+    );
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        backend.refused > count / 100 && backend.faults_private > 0 && backend.faults_shared > 0,
+        "the guest was not hostile: {backend:?}"
+    );
+    guests::settled(&backend)?;
+    freed::files_match(&backend, qemu.pid())?;
+    guest::finish(&mut qemu)?;
+    println!("# {backend:?}");
+    Ok(())
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Many resets: nothing of QEMU grows, and no guest finds anything of the one before.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
+use crate::guest;
+use crate::memory::{self, Holdings, Kind};
+use crate::probe::Need;
+use crate::qemu::{EXIT_LIMIT, Qemu};
+use crate::query;
+use crate::tap::Tap;
+use crate::vm::{Scenario, Vm};
+
+/// Resets before anything is compared: QEMU allocates some things when they are first needed.
+const WARM_UP: usize = 4;
+
+/// Anonymous memory comes and goes a little, with threads' heaps.
+const NOISE: u64 = 4 << 20;
+
+pub(super) fn tests() -> Vec<Test> {
+    let test = |name: &str, machine: &'static str, resets, runs| {
+        let name = format!("reset/{name}");
+        Test::new(name, &[Need::PrivateMemory], move |context| {
+            reset(context, machine, resets, runs)
+        })
+    };
+    // A new VM takes the kernel seconds in level 1.
+    let new_file = ",x-change-vmfd-on-reset=on";
+    vec![
+        test("same-vm-file", "", 100, 2),
+        test("new-vm-file", new_file, 12, 2).only_in_full(),
+        test("long-same-vm-file", "", 100, 25).only_in_full(),
+        test("long-new-vm-file", new_file, 100, 5).only_in_full(),
+    ]
+}
+
+/// What a guest does between two resets.
+#[derive(Debug, Clone, Copy)]
+enum Between {
+    /// It stays paused.
+    Nothing,
+    /// It is reset while it runs.
+    Part,
+    /// It runs to its end.
+    All,
+}
+
+impl Between {
+    /// Of all resets, `runs` follow a complete run and as many a part of one.
+    fn at(reset: usize, resets: usize, runs: usize) -> Self {
+        match (reset % (resets / runs), resets / runs / 2) {
+            (0, _) => Self::All,
+            (n, half) if n == half => Self::Part,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+fn reset(context: &Context, machine: &str, resets: usize, runs: usize) -> Result<()> {
+    let mut vm = Vm::conformance(&context.files, Scenario::Reset, false, SIZE, 2);
+    vm.machine.push_str(machine);
+    let mut qemu = context.start(&vm)?;
+    let mut holdings = None;
+    for number in 0..resets + WARM_UP {
+        match Between::at(number, resets, runs) {
+            Between::Nothing => {}
+            Between::Part => part(&mut qemu)?,
+            Between::All => whole(&mut qemu, number > 0)?,
+        }
+        qemu.qmp.run("system_reset", json!({}))?;
+        qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+        starts_over(&mut qemu)?;
+        let now = Holdings::of(qemu.pid())?;
+        if number == WARM_UP {
+            holdings = Some(now);
+        }
+        if let Some(before) = holdings {
+            same(before, now).with_context(|| format!("after {number} resets"))?;
+        }
+    }
+    println!("# {holdings:?}, then {:?}", Holdings::of(qemu.pid())?);
+    whole(&mut qemu, true)?;
+    qemu.quit()?;
+    Ok(())
+}
+
+/// The guest must end itself, content with what it found.
+fn whole(qemu: &mut Qemu, again: bool) -> Result<()> {
+    match again {
+        true => guest::run_again(qemu, GUEST_LIMIT)?,
+        false => guest::run(qemu, GUEST_LIMIT)?,
+    }
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(backend.private_bytes > 0, "no secrets: {backend:?}");
+    freed::files_match(&backend, qemu.pid())?;
+    // What guests have said that were reset on their way comes before it.
+    let mut tap = Tap::default();
+    while let Some(line) = qemu.serial_line(EXIT_LIMIT) {
+        if line.starts_with("TAP version") {
+            tap = Tap::default();
+        }
+        tap.line(&line);
+        if line.starts_with("1..") {
+            tap.verdict()?;
+            return Ok(());
+        }
+    }
+    bail!("the guest's report has no end")
+}
+
+/// Lets the guest run until it has private memory.
+fn part(qemu: &mut Qemu) -> Result<()> {
+    qemu.qmp.run("cont", json!({}))?;
+    let deadline = Instant::now() + GUEST_LIMIT;
+    while query::backend(&mut qemu.qmp)?.private_bytes == 0 {
+        ensure!(Instant::now() < deadline, "the guest converts nothing");
+        thread::sleep(Duration::from_millis(20));
+    }
+    qemu.qmp.run("system_reset", json!({}))?;
+    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    qemu.qmp.run("stop", json!({}))?;
+    // SeaBIOS resets the machine once more when it finds that it has run before.
+    let settle = Duration::from_millis(200);
+    while qemu.qmp.poll_event(&["RESET"], settle)?.is_some() {}
+    Ok(())
+}
+
+/// Right after a reset nothing is private, and the host has nothing that was.
+fn starts_over(qemu: &mut Qemu) -> Result<()> {
+    let backend = query::backend(&mut qemu.qmp)?;
+    guests::settled(&backend)?;
+    ensure!(
+        backend.private_bytes == 0,
+        "{} bytes are private after a reset",
+        backend.private_bytes
+    );
+    let files = memory::backings(qemu.pid())?;
+    for kind in [Kind::GuestMemfd, Kind::Memfd] {
+        let sizes: Vec<u64> = files
+            .iter()
+            .filter(|file| file.kind == kind)
+            .map(|file| file.size)
+            .collect();
+        ensure!(
+            sizes == [SIZE.0],
+            "one {kind:?} of {} bytes expected, found {sizes:?}",
+            SIZE.0
+        );
+    }
+    let private = memory::allocated(&files, Kind::GuestMemfd).unwrap_or(0);
+    ensure!(
+        private == 0,
+        "guest_memfd has {private} bytes after a reset"
+    );
+    Ok(())
+}
+
+fn same(before: Holdings, now: Holdings) -> Result<()> {
+    ensure!(
+        now.fds <= before.fds && now.mappings <= before.mappings + 2,
+        "QEMU had {before:?}, now {now:?}"
+    );
+    ensure!(
+        now.anonymous <= before.anonymous + NOISE,
+        "QEMU's own memory has grown from {} to {} bytes",
+        before.anonymous,
+        now.anonymous
+    );
+    Ok(())
+}
