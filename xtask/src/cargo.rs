@@ -20,7 +20,7 @@ pub(crate) fn cargo(ctx: &Context) -> Command {
 
 /// The library that QEMU links.
 pub(crate) fn library(ctx: &Context, step: &Step) -> Result<PathBuf> {
-    build(ctx, step, "guestmemfd", "release", "libguestmemfd.a")
+    build(ctx, step, "guestmemfd", "library", "libguestmemfd.a")
 }
 
 /// The conformance guest.
