@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::addr::GuestPages;
-use crate::backend::Backend;
+use crate::backend::{Backend, Counters};
 use crate::convert::Neighbours;
 use crate::error::{Error, Result};
 use crate::state::View;
@@ -24,12 +24,11 @@ impl Vm {
     /// as the guest gave them. Returns how many pages have changed.
     pub fn map_gpa_range(&self, gpa: u64, pages: u64, attributes: u64) -> Result<u64> {
         let backend = self.backend_at(gpa);
-        if let Some(backend) = &backend {
-            backend.counters.hypercalls.fetch_add(1, Ordering::Relaxed);
-        }
         let result = parse_map_gpa_range(gpa, pages, attributes)
             .and_then(|(guest, to)| self.map_pages(backend.as_deref(), guest, to));
-        count_refusal(backend.as_ref(), result)
+        count(backend.as_deref(), result, |counters| {
+            counters.hypercalls.fetch_add(1, Ordering::Relaxed);
+        })
     }
 
     fn map_pages(&self, backend: Option<&Backend>, guest: GuestPages, to: View) -> Result<u64> {
@@ -52,10 +51,6 @@ impl Vm {
             true => View::Private,
             false => View::Shared,
         };
-        let backend = self.backend_at(gpa);
-        if let Some(backend) = &backend {
-            backend.counters.faults.add(to, 1);
-        }
         let neighbours = match to {
             View::Private => Neighbours::GoAlong,
             View::Shared => Neighbours::Stay,
@@ -67,7 +62,10 @@ impl Vm {
             Err(Error::SetAttributes { .. }) => self.convert(guest, to),
             result => result,
         };
-        count_refusal(backend.as_ref(), result)
+        let backend = self.backend_at(gpa);
+        count(backend.as_deref(), result, |counters| {
+            counters.faults.add(to, 1);
+        })
     }
 
     fn backend_at(&self, gpa: u64) -> Option<Arc<Backend>> {
@@ -91,9 +89,20 @@ fn parse_map_gpa_range(gpa: u64, pages: u64, attributes: u64) -> Result<(GuestPa
     Ok((guest, view))
 }
 
-fn count_refusal<T>(backend: Option<&Arc<Backend>>, result: Result<T>) -> Result<T> {
-    if let (Err(_), Some(backend)) = (&result, backend) {
-        backend.counters.refused.fetch_add(1, Ordering::Relaxed);
+/// Counts a request that has come to its end. One that was interrupted comes again.
+fn count<T>(
+    backend: Option<&Backend>,
+    result: Result<T>,
+    request: impl Fn(&Counters),
+) -> Result<T> {
+    let counters = backend.map(|backend| &backend.counters);
+    match (&result, counters) {
+        (Err(Error::Interrupted { .. }), _) | (_, None) => {}
+        (Ok(_), Some(counters)) => request(counters),
+        (Err(_), Some(counters)) => {
+            request(counters);
+            counters.refused.fetch_add(1, Ordering::Relaxed);
+        }
     }
     result
 }

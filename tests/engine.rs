@@ -125,6 +125,8 @@ struct Mapper {
     fault: Arc<Fault>,
     /// Its device writes to what it has just mapped.
     writes: AtomicBool,
+    /// Threads that wait are wanted elsewhere.
+    interrupts: AtomicBool,
     /// What was to be allocated.
     prefaulted: parking_lot::Mutex<Vec<GuestPages>>,
 }
@@ -158,6 +160,10 @@ impl Listener for MapperHandle {
 
     fn prefault(&self, guest: GuestPages) {
         self.0.prefaulted.lock().push(guest);
+    }
+
+    fn interrupted(&self) -> bool {
+        self.0.interrupts.load(Ordering::SeqCst)
     }
 
     fn gap(&self, _: GuestPages, to: View) -> io::Result<()> {
@@ -978,4 +984,32 @@ fn a_request_returns_when_the_pages_are_where_it_asked_for_whoever_moves_them() 
         });
     }
     machine.check_invariants();
+}
+
+#[test]
+fn a_request_that_is_interrupted_while_it_waits_is_counted_when_it_comes_again() {
+    let machine = Machine::new();
+    let everything = guest(LOW, LOW + 16);
+    machine.fault.slow_down();
+    machine.mapper.interrupts.store(true, Ordering::SeqCst);
+    let mut interruptions = 0;
+    let mut served = 0;
+    std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            for round in 0..200 {
+                let to = [View::Private, View::Shared][round % 2];
+                while machine.vm.convert(everything, to).is_err() {}
+            }
+        });
+        while !busy.is_finished() {
+            match machine.vm.map_gpa_range(0, 1, 1 << 4) {
+                Ok(_) => served += 1,
+                Err(Error::Interrupted { .. }) => interruptions += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    });
+    let stats = machine.backend.stats();
+    assert!(interruptions > 0, "nobody had to wait");
+    assert_eq!((stats.hypercalls, stats.refused), (served, 0));
 }
