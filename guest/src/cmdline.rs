@@ -29,11 +29,19 @@ pub enum Scenario {
     Race,
     /// Much memory converted and never touched, also while the host has none.
     Sweep,
+    /// Writes to memory until the host says stop.
+    Dirty,
+    /// Gives pages back by virtio-balloon.
+    Balloon,
+    /// Reports free pages by virtio-balloon.
+    Reporting,
+    /// Uses a virtio-blk disk.
+    Disk,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -45,7 +53,20 @@ impl Scenario {
         Self::Large,
         Self::Race,
         Self::Sweep,
+        Self::Dirty,
+        Self::Balloon,
+        Self::Reporting,
+        Self::Disk,
     ];
+
+    /// Does it convert memory? If not, ordinary guests can run it.
+    #[must_use]
+    pub fn converts(self) -> bool {
+        !matches!(
+            self,
+            Self::Idle | Self::Dirty | Self::Balloon | Self::Reporting | Self::Disk
+        )
+    }
 
     /// Is it part of `scenario=all`: does the guest know exactly what the hypervisor then counts?
     fn in_all(self) -> bool {
@@ -72,6 +93,10 @@ impl Scenario {
             Self::Large => "large",
             Self::Race => "race",
             Self::Sweep => "sweep",
+            Self::Dirty => "dirty",
+            Self::Balloon => "balloon",
+            Self::Reporting => "reporting",
+            Self::Disk => "disk",
         }
     }
 }
@@ -135,6 +160,9 @@ pub struct Options {
     /// Whether the hypervisor frees the view that a page has left. If not, a page may read as it
     /// did when it was last in the view that it enters.
     pub discards: bool,
+    /// Where a DIMM is that the firmware knows nothing of, and its size; in place of memory above
+    /// 4 GiB.
+    pub dimm: Option<(u64, u64)>,
 }
 
 /// Why a command line cannot be used.
@@ -170,7 +198,7 @@ impl fmt::Display for Error<'_> {
                 return write!(
                     f,
                     "'{word}' is unknown: use scenario=, smp=, shared-bit=, strict-from=, seed=, \
-                     count=, timeout=, discard= or bench="
+                     count=, timeout=, discard=, dimm= or bench="
                 );
             }
             Self::Value { word, wanted } => {
@@ -215,6 +243,7 @@ impl Options {
             count: None,
             timeout: 120,
             discards: true,
+            dimm: None,
         };
         let mut all = false;
         for word in line.split_ascii_whitespace() {
@@ -242,6 +271,7 @@ impl Options {
                 }
                 "discard" => options.discards = discards(word, value)?,
                 "bench" => options.bench = Some(bench(word, value)?),
+                "dimm" => options.dimm = Some(dimm(word, value)?),
                 _ => return Err(Error::UnknownWord(word)),
             }
         }
@@ -317,6 +347,14 @@ fn bench<'a>(word: &'a str, value: &str) -> Result<Bench, Error<'a>> {
         word,
         wanted: "start, request, check, fault or twice",
     })
+}
+
+/// `ADDRESS+SIZE`.
+fn dimm<'a>(word: &'a str, value: &'a str) -> Result<(u64, u64), Error<'a>> {
+    let wanted = "ADDRESS+SIZE, above 4 GiB and below 256 GiB";
+    let (address, size) = value.split_once('+').ok_or(Error::Value { word, wanted })?;
+    let address = number(word, address, 4 << 30..=255 << 30, wanted)?;
+    Ok((address, number(word, size, 1 << 20..=1 << 30, wanted)?))
 }
 
 fn discards<'a>(word: &'a str, value: &str) -> Result<bool, Error<'a>> {
@@ -395,6 +433,13 @@ mod tests {
         assert_eq!(options.seed, 255);
         assert_eq!(options.timeout, 9);
         assert!(!options.discards);
+        assert_eq!(options.dimm, None);
+        assert_eq!(
+            Options::parse("scenario=idle dimm=0x200000000+67108864")
+                .unwrap()
+                .dimm,
+            Some((8 << 30, 64 << 20))
+        );
         assert!(
             Options::parse("scenario=idle discard=now")
                 .unwrap()
@@ -435,6 +480,8 @@ mod tests {
             "count=0",
             "seed=-1",
             "discard=off",
+            "dimm=0+0",
+            "dimm=0x200000000",
         ] {
             let line = format!("scenario=idle {word}");
             assert!(
@@ -449,7 +496,7 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,all"
         );
     }
 }

@@ -16,3 +16,13 @@ pub mod storm;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// Bytes that the scenario `disk` reads from the start of a disk, and that it writes behind them.
+pub const DISK_PART: u64 = 64 << 10;
+
+/// What the 64-bit word of this number, in little endian, must be on the disk; the guest writes its
+/// complement behind.
+#[must_use]
+pub fn disk_word(word: u64) -> u64 {
+    pattern::word(7, word, 0)
+}

@@ -25,6 +25,7 @@ mod serial;
 mod smp;
 mod tap;
 mod tester;
+mod virtio;
 
 /// Without panic=abort there is no bare-metal program; this one says how to get it.
 #[cfg(not(panic = "abort"))]

@@ -60,6 +60,11 @@ pub(crate) enum Error {
         /// CPUs, each of which needs a slice.
         cpus: usize,
     },
+    /// No room for the slices on the DIMM.
+    SmallDimm {
+        /// CPUs, each of which needs a slice.
+        cpus: usize,
+    },
     /// The CPU has no such address bit.
     SharedBit {
         /// What was asked for.
@@ -86,6 +91,9 @@ impl fmt::Display for Error {
                 // What precedes the slices, and what the firmware and the edge take.
                 34 + *cpus as u64 * (SLICE_SIZE >> 20)
             ),
+            Self::SmallDimm { cpus } => {
+                write!(f, "no room for {cpus} times 6 MiB of test memory in dimm=")
+            }
             Self::SharedBit { bit, width } => write!(
                 f,
                 "shared-bit={bit}, but the CPU has {width} physical address bits: use -cpu host or -cpu max"
@@ -98,6 +106,13 @@ impl From<fwcfg::Error> for Error {
     fn from(error: fwcfg::Error) -> Self {
         Self::FwCfg(error)
     }
+}
+
+/// Memory that only the command line tells of.
+fn dimm(start: u64, size: u64, cpus: usize) -> Option<Area> {
+    let end = start.checked_add(size)?;
+    let all = Range { start, end };
+    Area::find("dimm", all, [all].into_iter(), [all].into_iter(), cpus)
 }
 
 impl Plan {
@@ -126,7 +141,10 @@ impl Plan {
             Ok(Area::find(name, within, map.usable(), memmap::ram()?, cpus))
         };
         let low = find("low", Range::LOW)?.ok_or(Error::TooLittleRam { cpus })?;
-        let high = high.map(|high| find("high", high)).transpose()?.flatten();
+        let high = match options.dimm {
+            None => high.map(|high| find("high", high)).transpose()?.flatten(),
+            Some((start, size)) => Some(dimm(start, size, cpus).ok_or(Error::SmallDimm { cpus })?),
+        };
         let mut plan = Self {
             options,
             cpus,

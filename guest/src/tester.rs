@@ -89,6 +89,24 @@ impl Tester<'_> {
         Ok(())
     }
 
+    /// Writes some words of every page, through the shared view: to fill pages takes emulators
+    /// minutes.
+    pub(crate) fn mark(&mut self, pages: Range<usize>, tag: u64) {
+        for (page, index) in marks(pages) {
+            let word = pattern::word(tag, self.memory.gpa(page), index);
+            self.memory.write(page, Intent::Shared, index, word);
+        }
+    }
+
+    /// They must be there.
+    pub(crate) fn is_marked(&self, pages: Range<usize>, tag: u64) -> Check {
+        marks(pages).try_for_each(|(page, index)| {
+            let word = pattern::word(tag, self.memory.gpa(page), index);
+            let got = self.memory.read(page, Intent::Shared, index);
+            self.word_is(page, Intent::Shared, index, got, word)
+        })
+    }
+
     /// Pages that have just entered a view must read as zeros, unless the hypervisor keeps what was
     /// there.
     pub(crate) fn is_empty(&mut self, pages: Range<usize>, intent: Intent) -> Check {
@@ -207,4 +225,9 @@ impl Tester<'_> {
             expected,
         })
     }
+}
+
+/// Pages, and numbers of words in them.
+fn marks(pages: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    pages.flat_map(|page| (0..WORDS).step_by(64).map(move |index| (page, index)))
 }

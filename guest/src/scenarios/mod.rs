@@ -2,7 +2,10 @@
 //! Runs scenarios on all CPUs and reports what came of them.
 
 mod bad;
+mod balloon;
 pub(crate) mod bench;
+mod dirty;
+mod disk;
 mod fault;
 mod flip;
 mod hostile;
@@ -149,11 +152,10 @@ pub(crate) fn run_all(plan: &'static Plan) -> bool {
 
 /// What the machine lacks for a scenario.
 fn lacking(plan: &Plan, scenario: Scenario) -> Option<Failure> {
-    let by_request = match scenario {
-        Scenario::Idle => return None,
-        Scenario::Fault | Scenario::Race => false,
-        _ => true,
-    };
+    if !scenario.converts() {
+        return None;
+    }
+    let by_request = !matches!(scenario, Scenario::Fault | Scenario::Race);
     if !plan.kvm {
         return Some(Failure::Missing(
             "only KVM converts memory, and it does not run this guest: use -accel kvm",
@@ -208,6 +210,14 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
         if matches!(scenario, Scenario::Large | Scenario::Sweep) && !last {
             continue;
         }
+        // There is one device.
+        let device = matches!(
+            scenario,
+            Scenario::Balloon | Scenario::Reporting | Scenario::Disk
+        );
+        if device && (cpu, index) != (0, 0) {
+            continue;
+        }
         let mut run = Run {
             cpu,
             area: area.name,
@@ -230,6 +240,10 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Large => large::run(&mut run, cpu, strict, plan.rest(area)),
             Scenario::Race => race::run(&mut run, cpu, plan.rest(area)),
             Scenario::Sweep => sweep::run(&mut run, cpu, plan.rest(area)),
+            Scenario::Dirty => dirty::run(&mut run),
+            Scenario::Balloon => balloon::inflate(&mut run),
+            Scenario::Reporting => balloon::report(&mut run),
+            Scenario::Disk => disk::run(&mut run),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

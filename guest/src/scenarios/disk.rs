@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Reads a virtio-blk disk and writes to it: a device, perhaps in another process, that uses guest
+//! memory in both directions.
+
+use super::Run;
+use crate::failure::Failure;
+use crate::tester::{Check, Tester};
+use crate::virtio::{Buffer, Kind, Queue};
+use guestmemfd_guest::model::Intent::Shared;
+use guestmemfd_guest::{DISK_PART, PAGE_SIZE, disk_word};
+
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+const SECTOR: u64 = 512;
+/// Where the test memory that the disk uses begins, and how much it is.
+const FIRST_PAGE: usize = 32;
+const PAGES: usize = (DISK_PART / PAGE_SIZE) as usize;
+
+/// `struct virtio_blk_outhdr`.
+#[repr(C)]
+struct Header {
+    kind: u32,
+    priority: u32,
+    sector: u64,
+}
+
+pub(super) fn run(run: &mut Run<'_>) {
+    run.test("what the disk holds arrives in memory", |tester| {
+        transfer(tester, READ, 0)?;
+        compare(tester, disk_word)
+    });
+    run.test("what memory holds arrives on the disk", |tester| {
+        each_word(|page, index, word| {
+            tester.memory.write(page, Shared, index, !disk_word(word));
+            Ok(())
+        })?;
+        transfer(tester, WRITE, DISK_PART / SECTOR)?;
+        tester.fill(FIRST_PAGE..FIRST_PAGE + PAGES, Shared, 1);
+        transfer(tester, READ, DISK_PART / SECTOR)?;
+        compare(tester, |word| !disk_word(word))
+    });
+}
+
+/// Carries out one request of `DISK_PART` bytes.
+fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check {
+    let mut queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
+    let header = Header {
+        kind,
+        priority: 0,
+        sector,
+    };
+    let mut status = 0xff_u8;
+    let buffer = |address, length, writable| Buffer {
+        address,
+        length,
+        writable,
+    };
+    // SAFETY: the pages are test memory; header and status live until the device is done.
+    let status = unsafe {
+        let at = &raw mut status;
+        queue.request(&[
+            buffer(&raw const header as u64, size_of::<Header>() as u32, false),
+            buffer(
+                tester.memory.gpa(FIRST_PAGE),
+                DISK_PART as u32,
+                kind == READ,
+            ),
+            buffer(at as u64, 1, true),
+        ]);
+        at.read_volatile()
+    };
+    match status {
+        0 => Ok(()),
+        _ => Err(Failure::Missing("the disk answered with an error")),
+    }
+}
+
+fn compare(tester: &mut Tester<'_>, expected: impl Fn(u64) -> u64) -> Check {
+    each_word(|page, index, word| {
+        let got = tester.memory.read(page, Shared, index);
+        tester.word_is(page, Shared, index, got, expected(word))
+    })
+}
+
+/// Calls `action` with page, index in the page, and number of every word.
+fn each_word(mut action: impl FnMut(usize, usize, u64) -> Check) -> Check {
+    const WORDS: u64 = PAGE_SIZE / 8;
+    (0..DISK_PART / 8).try_for_each(|word| {
+        let page = FIRST_PAGE + (word / WORDS) as usize;
+        action(page, (word % WORDS) as usize, word)
+    })
+}

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Virtio devices on the first PCI bus: one queue of one device at a time, polled.
+
+use crate::cpu::{in32, out32};
+use crate::paging;
+use core::cell::UnsafeCell;
+use core::sync::atomic::{Ordering, fence};
+use spin::{Mutex, MutexGuard};
+
+const CONFIG_ADDRESS: u16 = 0xcf8;
+const CONFIG_DATA: u16 = 0xcfc;
+const COMMAND: u32 = 0x04;
+const MEMORY_AND_BUS_MASTER: u32 = 2 | 4;
+const BAR0: u32 = 0x10;
+const CAPABILITIES: u32 = 0x34;
+const VENDOR_CAPABILITY: u32 = 9;
+
+// `cfg_type` of struct virtio_pci_cap.
+const COMMON: u32 = 1;
+const NOTIFY: u32 = 2;
+
+// struct virtio_pci_common_cfg.
+const DEVICE_FEATURE_SELECT: u64 = 0;
+const DEVICE_FEATURE: u64 = 4;
+const DRIVER_FEATURE_SELECT: u64 = 8;
+const DRIVER_FEATURE: u64 = 12;
+const STATUS: u64 = 20;
+const QUEUE_SELECT: u64 = 22;
+const QUEUE_SIZE: u64 = 24;
+const QUEUE_ENABLE: u64 = 28;
+const QUEUE_NOTIFY_OFF: u64 = 30;
+const QUEUE_DESCRIPTORS: u64 = 32;
+const QUEUE_AVAILABLE: u64 = 40;
+const QUEUE_USED: u64 = 48;
+
+const DRIVER: u8 = 1 | 2;
+const FEATURES_OK: u8 = 8;
+const DRIVER_OK: u8 = 4;
+/// `VIRTIO_F_VERSION_1`, bit 32, in the second word of features.
+const VERSION_1: u32 = 1;
+
+const NEXT: u16 = 1;
+const WRITABLE: u16 = 2;
+
+const PAGE: usize = 4096;
+/// Room for the rings of a queue of 256.
+const RING_BYTES: usize = 3 * PAGE;
+
+/// A device, by vendor and device number.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kind {
+    /// virtio-blk.
+    Disk = 0x1001_1af4,
+    /// virtio-balloon.
+    Balloon = 0x1002_1af4,
+}
+
+/// Memory that a device uses for a request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Buffer {
+    /// Where it begins.
+    pub(crate) address: u64,
+    /// Bytes.
+    pub(crate) length: u32,
+    /// May the device write to it?
+    pub(crate) writable: bool,
+}
+
+#[repr(C, align(4096))]
+struct Rings(UnsafeCell<[u8; RING_BYTES]>);
+
+// SAFETY: the rings lie in a Mutex, whose holder hands them to one device.
+unsafe impl Send for Rings {}
+
+static RINGS: Mutex<Rings> = Mutex::new(Rings(UnsafeCell::new([0; RING_BYTES])));
+
+/// A queue of a device that runs.
+pub(crate) struct Queue {
+    rings: MutexGuard<'static, Rings>,
+    common: Registers,
+    notify: Registers,
+    number: u16,
+    size: usize,
+    done: u16,
+}
+
+impl Queue {
+    /// Resets the device, takes `features`, all of which it must have, and starts this queue.
+    pub(crate) fn open(kind: Kind, features: u32, number: u16) -> Result<Self, &'static str> {
+        let rings = RINGS.lock();
+        let device = find(kind)?;
+        let (common, _) = registers(device, COMMON)?;
+        reset(common);
+        common.put(STATUS, DRIVER);
+        for (word, wanted) in [(0_u32, features), (1, VERSION_1)] {
+            common.put(DEVICE_FEATURE_SELECT, word);
+            if common.get::<u32>(DEVICE_FEATURE) & wanted != wanted {
+                return Err("the virtio device lacks a feature: see guest/README.md");
+            }
+            common.put(DRIVER_FEATURE_SELECT, word);
+            common.put(DRIVER_FEATURE, wanted);
+        }
+        common.put(STATUS, DRIVER | FEATURES_OK);
+        common.put(QUEUE_SELECT, number);
+        let size = usize::from(common.get::<u16>(QUEUE_SIZE));
+        if size == 0 || used_at(size) + 6 + 8 * size > RING_BYTES {
+            return Err("the virtio device has no queue of 1 to 256 entries there");
+        }
+        let at = rings.0.get();
+        // SAFETY: no device has these rings: the one that had them last has been reset.
+        unsafe { at.write_bytes(0, 1) };
+        common.put_address(QUEUE_DESCRIPTORS, at as u64);
+        common.put_address(QUEUE_AVAILABLE, at as u64 + 16 * size as u64);
+        common.put_address(QUEUE_USED, at as u64 + used_at(size) as u64);
+        common.put(QUEUE_ENABLE, 1_u16);
+        let (notify, multiplier) = registers(device, NOTIFY)?;
+        let offset = u64::from(common.get::<u16>(QUEUE_NOTIFY_OFF)) * u64::from(multiplier);
+        common.put(STATUS, DRIVER | FEATURES_OK | DRIVER_OK);
+        Ok(Self {
+            rings,
+            common,
+            notify: Registers(notify.0 + offset),
+            number,
+            size,
+            done: 0,
+        })
+    }
+
+    /// Hands one request to the device and waits until it is done with it.
+    ///
+    /// # Safety
+    ///
+    /// The device reads the buffers, and writes to the writable ones.
+    pub(crate) unsafe fn request(&mut self, buffers: &[Buffer]) {
+        assert!(buffers.len() <= self.size);
+        for (index, buffer) in buffers.iter().enumerate() {
+            let last = index + 1 == buffers.len();
+            let flags = if last { 0 } else { NEXT } | if buffer.writable { WRITABLE } else { 0 };
+            self.put(16 * index, buffer.address);
+            self.put(16 * index + 8, buffer.length);
+            self.put(16 * index + 12, flags);
+            self.put(16 * index + 14, index as u16 + 1);
+        }
+        // Every request begins at descriptor 0.
+        let available = 16 * self.size;
+        self.put(
+            available + 4 + 2 * (usize::from(self.done) % self.size),
+            0_u16,
+        );
+        self.done = self.done.wrapping_add(1);
+        fence(Ordering::SeqCst);
+        self.put(available + 2, self.done);
+        fence(Ordering::SeqCst);
+        // The caller answers for the buffers, and the rings are the device's.
+        self.notify.put(0, self.number);
+        while self.get16(used_at(self.size) + 2) != self.done {
+            core::hint::spin_loop();
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    fn put<T>(&self, at: usize, value: T) {
+        assert!(at + size_of::<T>() <= RING_BYTES);
+        // SAFETY: inside the rings; what is put is aligned to its size by the layout.
+        unsafe {
+            self.rings
+                .0
+                .get()
+                .byte_add(at)
+                .cast::<T>()
+                .write_volatile(value)
+        }
+    }
+
+    fn get16(&self, at: usize) -> u16 {
+        assert!(at + 2 <= RING_BYTES);
+        // SAFETY: inside the rings, aligned.
+        unsafe {
+            self.rings
+                .0
+                .get()
+                .byte_add(at)
+                .cast::<u16>()
+                .read_volatile()
+        }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // A reset device leaves the rings alone.
+        reset(self.common);
+    }
+}
+
+/// Registers of a device, by the address of the first.
+#[derive(Debug, Clone, Copy)]
+struct Registers(u64);
+
+impl Registers {
+    fn get<T: Copy>(self, at: u64) -> T {
+        // SAFETY: `registers` has found and mapped them; they are aligned to their size.
+        unsafe { ((self.0 + at) as *const T).read_volatile() }
+    }
+
+    fn put<T>(self, at: u64, value: T) {
+        // SAFETY: as for `get`; the device writes to no memory but the rings and what requests name.
+        unsafe { ((self.0 + at) as *mut T).write_volatile(value) }
+    }
+
+    fn put_address(self, at: u64, address: u64) {
+        self.put(at, address as u32);
+        self.put(at + 4, (address >> 32) as u32);
+    }
+}
+
+fn reset(common: Registers) {
+    common.put(STATUS, 0_u8);
+    while common.get::<u8>(STATUS) != 0 {
+        core::hint::spin_loop();
+    }
+}
+
+/// Where the used ring begins: behind descriptors and available ring, in a page of its own.
+fn used_at(size: usize) -> usize {
+    (16 * size + 6 + 2 * size).next_multiple_of(PAGE)
+}
+
+/// The first device of a kind, by number, ready to be used.
+fn find(kind: Kind) -> Result<u32, &'static str> {
+    let device = (0..32).find(|&device| config(device, 0) == kind as u32);
+    let device = device.ok_or("no such virtio device on the first PCI bus: add it with -device")?;
+    let command = config(device, COMMAND);
+    // SAFETY: the device may use memory from here on; it does once a queue is set up.
+    unsafe { out32(CONFIG_DATA, command | MEMORY_AND_BUS_MASTER) };
+    Ok(device)
+}
+
+/// The registers of a type, and the word behind their capability.
+fn registers(device: u32, kind: u32) -> Result<(Registers, u32), &'static str> {
+    let mut at = config(device, CAPABILITIES) & 0xfc;
+    while at != 0 {
+        let head = config(device, at);
+        if head & 0xff == VENDOR_CAPABILITY && head >> 24 == kind {
+            let bar = BAR0 + 4 * (config(device, at + 4) & 0xff);
+            let low = config(device, bar);
+            let high = if low & 4 == 0 {
+                0
+            } else {
+                config(device, bar + 4)
+            };
+            let base = u64::from(high) << 32 | u64::from(low & !0xf);
+            let address = base + u64::from(config(device, at + 8));
+            paging::map(address);
+            return Ok((Registers(address), config(device, at + 16)));
+        }
+        at = head >> 8 & 0xfc;
+    }
+    Err("the virtio device has no modern interface: disable-modern=off")
+}
+
+fn config(device: u32, register: u32) -> u32 {
+    // SAFETY: this only selects what CONFIG_DATA is about.
+    unsafe { out32(CONFIG_ADDRESS, 1 << 31 | device << 11 | register) };
+    in32(CONFIG_DATA)
+}
