@@ -23,7 +23,7 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 2
+#define GUESTMEMFD_ABI 3
 
 /**
  * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
@@ -89,6 +89,11 @@ typedef struct guestmemfd_backend_config {
      * How it is to keep its pages.
      */
     guestmemfd_mode mode;
+    /**
+     * KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over its
+     * mapping.
+     */
+    bool bind;
     /**
      * Discard policy.
      */
@@ -343,7 +348,8 @@ int32_t guestmemfd_backend_new(struct guestmemfd_vm *vm,
 void guestmemfd_backend_free(struct guestmemfd_backend *backend);
 
 /**
- * The guest_memfd for the KVM slots of bound windows. Borrowed: duplicate it to keep it.
+ * The guest_memfd for the KVM slots of bound windows; -1 for a backend that has none
+ * (GUESTMEMFD_MODE_MAPPED without bind). Borrowed: duplicate it to keep it.
  */
 int32_t guestmemfd_backend_private_fd(const struct guestmemfd_backend *backend);
 
@@ -353,7 +359,8 @@ int32_t guestmemfd_backend_private_fd(const struct guestmemfd_backend *backend);
 int32_t guestmemfd_backend_shared_fd(const struct guestmemfd_backend *backend);
 
 /**
- * Frees both views of some pages; they become undecided.
+ * Frees both views of some pages; they become undecided. Those of GUESTMEMFD_MODE_MAPPED are freed
+ * and stay shared.
  */
 int32_t guestmemfd_backend_discard(struct guestmemfd_backend *backend,
                                    uint64_t offset,

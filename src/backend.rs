@@ -65,6 +65,9 @@ pub struct BackendConfig {
     pub size: u64,
     /// How it is to keep its pages; `None` leaves the choice to the library.
     pub mode: Option<Mode>,
+    /// Do KVM slots carry the file of [`Mode::Mapped`]? If not, they are ordinary slots over the
+    /// mapping.
+    pub bind: bool,
     /// Discard policy.
     pub discard: Discard,
     /// The state that pages start in: undecided, or private where the guest's launch demands it.
@@ -213,6 +216,11 @@ impl Backend {
     /// How it keeps its pages.
     pub fn mode(&self) -> Mode {
         self.backing().mode()
+    }
+
+    /// Can KVM slots carry its guest_memfd?
+    pub fn is_bindable(&self) -> bool {
+        self.mode() == Mode::Private || self.config.bind
     }
 
     /// Its files.
@@ -396,10 +404,13 @@ impl Backend {
     }
 
     /// Starts over with another private file; all pages are in the state that they started in. The
-    /// caller has emptied the shared view of those that were not shared, or shall not stay so.
+    /// caller has emptied the shared view of those that were not shared, or shall not stay so. A
+    /// mapped backend has nothing to start over.
     pub(crate) fn restart(&self, private: Arc<dyn ViewFile>) {
         let mut backing = self.backing.lock();
-        let Backing::TwoFiles { shared, .. } = &**backing;
+        let Backing::TwoFiles { shared, .. } = &**backing else {
+            return;
+        };
         *backing = Arc::new(Backing::TwoFiles {
             private,
             shared: shared.clone(),

@@ -101,6 +101,11 @@ pub enum Backing {
         /// The memfd.
         shared: Arc<dyn ViewFile>,
     },
+    /// [`Mode::Mapped`]. Every page is shared and stays so.
+    Mapped {
+        /// The guest_memfd, which the host maps.
+        file: Arc<dyn ViewFile>,
+    },
 }
 
 impl Backing {
@@ -108,14 +113,16 @@ impl Backing {
     pub fn mode(&self) -> Mode {
         match self {
             Backing::TwoFiles { .. } => Mode::Private,
+            Backing::Mapped { .. } => Mode::Mapped,
         }
     }
 
-    /// The file behind a view.
+    /// The file behind a view; one file may be behind both.
     pub fn file(&self, view: View) -> &dyn ViewFile {
         match (self, view) {
             (Backing::TwoFiles { private, .. }, View::Private) => private.as_ref(),
             (Backing::TwoFiles { shared, .. }, View::Shared) => shared.as_ref(),
+            (Backing::Mapped { file }, _) => file.as_ref(),
         }
     }
 }

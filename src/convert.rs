@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::addr::{Few, FilePages, GuestPages};
 use crate::backend::{Backend, BackendId, Discard};
+use crate::backing::Mode;
 use crate::claim::Claim;
 use crate::error::{Error, Result};
 use crate::listener::{Level, Told};
@@ -147,15 +148,28 @@ impl Vm {
                     to,
                     source,
                 })?,
-                Part::Window(window) if to == View::Private && !window.bound => {
-                    return Err(Error::Unbound {
-                        guest: window.guest,
-                    });
+                Part::Window(window) => {
+                    if to == View::Private {
+                        self.check_private(&window)?;
+                    }
+                    windows.push(window);
                 }
-                Part::Window(window) => windows.push(window),
             }
         }
         Ok(windows)
+    }
+
+    /// Can pages of this window be private?
+    fn check_private(&self, window: &Window) -> Result<()> {
+        let guest = window.guest;
+        match self.backend(window.backend) {
+            Some(mapped) if mapped.mode() == Mode::Mapped => Err(Error::NeverPrivate {
+                guest,
+                backend: mapped.config().name.clone(),
+            }),
+            _ if !window.bound => Err(Error::Unbound { guest }),
+            _ => Ok(()),
+        }
     }
 
     fn to_private(&self, moves: &mut Moves, told: &Told<'_>) -> Result<()> {
@@ -325,8 +339,12 @@ impl Vm {
         }
     }
 
-    /// Frees both views of pages of a backend; they become undecided.
+    /// Frees both views of pages of a backend; they become undecided. Those of a mapped backend stay
+    /// shared.
     pub fn discard(&self, backend: &Arc<Backend>, pages: FilePages) -> Result<()> {
+        if backend.mode() == Mode::Mapped {
+            return backend.punch(pages, View::Shared);
+        }
         let told = Told::begin(self.listener.as_ref());
         let _claim = loop {
             // Not interruptible: QEMU's callers cannot repeat a discard.

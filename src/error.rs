@@ -45,6 +45,15 @@ pub enum Error {
         guest: GuestPages,
     },
 
+    /// Private pages were asked for in a guest that has none.
+    #[error("cannot make {guest} private: the host maps all memory of backend '{backend}'")]
+    NeverPrivate {
+        /// The part of the request.
+        guest: GuestPages,
+        /// Name of the backend.
+        backend: String,
+    },
+
     /// A wait for other conversions was interrupted.
     #[error("interrupted while waiting for another conversion of {guest}")]
     Interrupted {
@@ -133,6 +142,15 @@ pub enum Error {
         found: String,
     },
 
+    /// No mode serves the VM.
+    #[error("neither mode serves this VM: mode=private: {private}; mode=mapped: {mapped}")]
+    NoMode {
+        /// Why the one does not.
+        private: Box<Error>,
+        /// Why the other does not.
+        mapped: Box<Error>,
+    },
+
     /// A file descriptor could not be used.
     #[error("cannot use {what}: {source}")]
     Descriptor {
@@ -190,6 +208,7 @@ impl Error {
             Error::Range(_)
             | Error::UnknownAttributes { .. }
             | Error::Unbound { .. }
+            | Error::NeverPrivate { .. }
             | Error::OutsideBackend { .. } => Errno::INVAL.raw_os_error(),
             Error::Interrupted { .. } => Errno::INTR.raw_os_error(),
             Error::Gap { source, .. }
@@ -203,7 +222,7 @@ impl Error {
                 source.raw_os_error().unwrap_or(Errno::IO.raw_os_error())
             }
             Error::NoMemory { .. } => Errno::NOMEM.raw_os_error(),
-            Error::Unsupported { .. } => Errno::OPNOTSUPP.raw_os_error(),
+            Error::Unsupported { .. } | Error::NoMode { .. } => Errno::OPNOTSUPP.raw_os_error(),
             Error::Overlap(_) => Errno::EXIST.raw_os_error(),
             Error::NoWindow { .. } => Errno::NOENT.raw_os_error(),
             Error::InUse { .. } => Errno::BUSY.raw_os_error(),

@@ -64,18 +64,15 @@ impl Vm {
         self.owner.read().clone()
     }
 
-    /// Creates a backend with a guest_memfd and a memfd.
+    /// Creates a backend and its files: a guest_memfd and a memfd for a guest with private memory,
+    /// one guest_memfd that the host maps for others.
     pub fn create_backend(&self, config: BackendConfig) -> Result<Arc<Backend>> {
         // The size is checked before files are created with it.
         FilePages::from_bytes(0, config.size)?;
-        match config.mode {
-            None | Some(Mode::Private) => self.owner().check_private_memory()?,
-            Some(Mode::Mapped) => {
-                return Err(Error::Unsupported {
-                    wanted: "mode=mapped".into(),
-                    found: "this version has no backing for VMs without private memory".into(),
-                });
-            }
+        let mode = choose_mode(self.owner().as_ref(), config.mode)?;
+        check_bind(&config, mode)?;
+        if mode == Mode::Mapped {
+            return self.create_mapped_backend(config);
         }
         let shared = KernelFile::memfd("guestmemfd-shared", config.size).map_err(|source| {
             Error::CreateFile {
@@ -101,7 +98,27 @@ impl Vm {
                 .map_err(|source| Error::Worker { source })?;
         }
         let private = create_private_file(self.owner().as_ref(), &config)?;
-        let backing = Backing::TwoFiles { private, shared };
+        self.add_backend(config, Backing::TwoFiles { private, shared })
+    }
+
+    /// Nothing is ever converted: there is nothing to decide lazily, or to discard later.
+    fn create_mapped_backend(&self, config: BackendConfig) -> Result<Arc<Backend>> {
+        let file = self.owner().create_mapped_file(config.size);
+        let file = file.map_err(|source| Error::CreateFile {
+            backend: config.name.clone(),
+            view: View::Shared,
+            size: config.size,
+            source,
+        })?;
+        let config = BackendConfig {
+            start: PageState::Shared,
+            lazy: None,
+            ..config
+        };
+        self.add_backend(config, Backing::Mapped { file })
+    }
+
+    fn add_backend(&self, config: BackendConfig, backing: Backing) -> Result<Arc<Backend>> {
         let id = BackendId(self.next_backend.fetch_add(1, Ordering::Relaxed));
         let backend = Arc::new(Backend::new(id, config, backing)?);
         self.backends.write().insert(id, backend.clone());
@@ -145,8 +162,8 @@ impl Vm {
     }
 
     /// Shows pages of a backend to the guest and brings the attributes there in line with their
-    /// states. Returns whether the window is bound: it is unless `bindable` forbids it or another
-    /// window of these pages is.
+    /// states. Returns whether the window is bound: it is unless `bindable` or the backend forbids it
+    /// or another window of these pages is.
     pub fn add_window(
         &self,
         backend: &Backend,
@@ -163,7 +180,7 @@ impl Vm {
         );
 
         let mut windows = self.windows.write();
-        let bound = bindable && !windows.is_bound(backend.id(), file);
+        let bound = bindable && backend.is_bindable() && !windows.is_bound(backend.id(), file);
         let window = Window::new(guest, backend.id(), file.start(), bound)
             .ok_or_else(|| backend.outside(offset, guest.bytes()))?;
         windows.add(window)?;
@@ -207,7 +224,8 @@ impl Vm {
 
     /// The guest runs under a new owner now, as after a confidential reset. All windows have been
     /// removed. Every backend gets a new private file, and its pages start over. What was private is
-    /// gone; what was shared survives, as RAM does in any reset, unless pages start private.
+    /// gone; what was shared survives, as RAM does in any reset, unless pages start private. Mapped
+    /// backends keep their file, which slots of another VM cannot carry: bound ones are refused.
     ///
     /// If a file cannot be created, nothing has changed. If a shared file cannot be emptied, the
     /// error comes before any backend starts over.
@@ -223,7 +241,7 @@ impl Vm {
         }
         let files = backends
             .iter()
-            .map(|backend| create_private_file(owner.as_ref(), backend.config()))
+            .map(|backend| file_for_new_owner(owner.as_ref(), backend))
             .collect::<Result<Vec<_>>>()?;
         let all = backends.iter().map(|b| (b.id(), b.pages()));
         let _claim = self.claim_layout(all, None);
@@ -246,7 +264,9 @@ impl Vm {
         self.windows.write().forget_stale();
         *self.owner.write() = owner;
         for (backend, private) in backends.iter().zip(files) {
-            backend.restart(private);
+            if let Some(private) = private {
+                backend.restart(private);
+            }
         }
         to_populate
             .into_iter()
@@ -290,6 +310,43 @@ impl Vm {
                 return claim;
             }
         }
+    }
+}
+
+fn choose_mode(owner: &dyn Owner, wanted: Option<Mode>) -> Result<Mode> {
+    match wanted {
+        Some(Mode::Private) => owner.check_private_memory().map(|()| Mode::Private),
+        Some(Mode::Mapped) => owner.check_mapped_memory().map(|()| Mode::Mapped),
+        None => match (owner.check_private_memory(), owner.check_mapped_memory()) {
+            (Ok(()), _) => Ok(Mode::Private),
+            (Err(_), Ok(())) => Ok(Mode::Mapped),
+            (Err(private), Err(mapped)) => Err(Error::NoMode {
+                private: Box::new(private),
+                mapped: Box::new(mapped),
+            }),
+        },
+    }
+}
+
+fn check_bind(config: &BackendConfig, mode: Mode) -> Result<()> {
+    if config.bind && mode == Mode::Private {
+        return Err(Error::Unsupported {
+            wanted: "bind=on".into(),
+            found: "it belongs to mode=mapped; with private memory slots are always bound".into(),
+        });
+    }
+    Ok(())
+}
+
+/// The private file that a backend gets with a new owner.
+fn file_for_new_owner(owner: &dyn Owner, backend: &Backend) -> Result<Option<Arc<dyn ViewFile>>> {
+    match backend.mode() {
+        Mode::Private => create_private_file(owner, backend.config()).map(Some),
+        Mode::Mapped if backend.config().bind => Err(Error::InUse {
+            what: "a VM cannot get a new owner",
+            user: "slots carry a mapped guest_memfd (bind=on), which belongs to the old one; use bind=off",
+        }),
+        Mode::Mapped => Ok(None),
     }
 }
 

@@ -89,6 +89,14 @@ impl Owner for FaultyOwner {
         Ok(Arc::new(FaultyFile(file, self.1.clone())))
     }
 
+    fn check_mapped_memory(&self) -> Result<()> {
+        self.0.check_mapped_memory()
+    }
+
+    fn create_mapped_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        self.0.create_mapped_file(bytes)
+    }
+
     fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {
         self.1.call()?;
         self.0.set_attributes(guest, view)
@@ -223,6 +231,7 @@ impl Machine {
             name: "ram".into(),
             size: PAGES * PAGE_SIZE,
             mode: None,
+            bind: false,
             discard,
             start,
             lazy,
@@ -644,6 +653,7 @@ fn lazy_attributes_need_pages_that_start_undecided() {
         name: "ram".into(),
         size: PAGE_SIZE,
         mode: None,
+        bind: false,
         discard: Discard::Now,
         start: PageState::Private,
         lazy: Some(lazy::Chunk::default()),

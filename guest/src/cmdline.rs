@@ -434,12 +434,8 @@ mod tests {
         assert_eq!(options.timeout, 9);
         assert!(!options.discards);
         assert_eq!(options.dimm, None);
-        assert_eq!(
-            Options::parse("scenario=idle dimm=0x200000000+67108864")
-                .unwrap()
-                .dimm,
-            Some((8 << 30, 64 << 20))
-        );
+        let options = Options::parse("scenario=idle dimm=0x200000000+67108864").unwrap();
+        assert_eq!(options.dimm, Some((8 << 30, 64 << 20)));
         assert!(
             Options::parse("scenario=idle discard=now")
                 .unwrap()

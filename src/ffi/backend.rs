@@ -57,6 +57,7 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
             GUESTMEMFD_MODE_MAPPED => Some(Mode::Mapped),
             other => return Err(Failure::Argument(format!("unknown mode {other}"))),
         },
+        bind: config.bind,
         discard: match config.discard {
             GUESTMEMFD_DISCARD_NOW => Discard::Now,
             GUESTMEMFD_DISCARD_KEEP => Discard::Keep,
@@ -119,10 +120,14 @@ pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backen
     });
 }
 
-/// The guest_memfd for the KVM slots of bound windows. Borrowed: duplicate it to keep it.
+/// The guest_memfd for the KVM slots of bound windows; -1 for a backend that has none
+/// (GUESTMEMFD_MODE_MAPPED without bind). Borrowed: duplicate it to keep it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_private_fd(backend: *const guestmemfd_backend) -> i32 {
-    fd_of(backend, View::Private)
+    match check_ref(backend, "backend") {
+        Ok(checked) if checked.backend.is_bindable() => fd_of(backend, View::Private),
+        _ => -1,
+    }
 }
 
 /// The file that the host maps. Borrowed: duplicate it to keep it.
@@ -139,7 +144,8 @@ fn fd_of(backend: *const guestmemfd_backend, view: View) -> i32 {
     })
 }
 
-/// Frees both views of some pages; they become undecided.
+/// Frees both views of some pages; they become undecided. Those of GUESTMEMFD_MODE_MAPPED are freed
+/// and stay shared.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_discard(
     backend: *mut guestmemfd_backend,

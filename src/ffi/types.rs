@@ -8,7 +8,7 @@ use crate::backing::Mode;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 2;
+pub const GUESTMEMFD_ABI: u32 = 3;
 
 /// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
 /// cannot carry a guest_memfd.
@@ -74,6 +74,9 @@ pub struct guestmemfd_backend_config {
     pub size: u64,
     /// How it is to keep its pages.
     pub mode: guestmemfd_mode,
+    /// KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over its
+    /// mapping.
+    pub bind: bool,
     /// Discard policy.
     pub discard: guestmemfd_discard,
     /// Pages start private (SEV-SNP, TDX) instead of undecided.

@@ -20,6 +20,14 @@ use crate::backing::{KernelFile, ViewFile};
 use crate::error::{Error, Result};
 use crate::state::View;
 
+/// `KVM_CAP_GUEST_MEMFD_FLAGS`, which kvm-bindings lacks: the flags that this VM's guest_memfd may
+/// have.
+const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
+
+/// `GUEST_MEMFD_FLAG_*` of `include/uapi/linux/kvm.h`.
+const FLAG_MMAP: u64 = 1 << 0;
+const FLAG_INIT_SHARED: u64 = 1 << 1;
+
 /// A VM of KVM.
 #[derive(Debug)]
 pub struct KvmOwner {
@@ -50,6 +58,24 @@ impl KvmOwner {
         })?;
         Ok(Self { kvm, vm })
     }
+
+    /// Asked of /dev/kvm: before Linux 6.18, VMs without private memory deny that there is any.
+    fn has_guest_memfd(&self) -> bool {
+        self.kvm.check_extension_raw(KVM_CAP_GUEST_MEMFD.into()) > 0
+    }
+
+    fn create_file(&self, bytes: u64, flags: u64) -> io::Result<Arc<dyn ViewFile>> {
+        let fd = self.vm.create_guest_memfd(kvm_create_guest_memfd {
+            size: bytes,
+            flags,
+            ..Default::default()
+        })?;
+        // SAFETY: the ioctl returned a new descriptor, which is ours alone.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // The kernel gives it without O_CLOEXEC.
+        fcntl_setfd(fd.as_fd(), FdFlags::CLOEXEC)?;
+        Ok(Arc::new(KernelFile::new(fd)))
+    }
 }
 
 impl Owner for KvmOwner {
@@ -60,8 +86,7 @@ impl Owner for KvmOwner {
                 found: found.into(),
             })
         };
-        // Asked of /dev/kvm: before Linux 6.18, VMs without private memory deny that there is any.
-        if self.kvm.check_extension_raw(KVM_CAP_GUEST_MEMFD.into()) <= 0 {
+        if !self.has_guest_memfd() {
             return lacks("KVM has no guest_memfd here; Linux 6.8 or later is needed");
         }
         let attributes = self
@@ -76,17 +101,40 @@ impl Owner for KvmOwner {
         Ok(())
     }
 
+    fn check_mapped_memory(&self) -> Result<()> {
+        let lacks = |found: &str| {
+            Err(Error::Unsupported {
+                wanted: "a guest_memfd that the host maps".into(),
+                found: found.into(),
+            })
+        };
+        if !self.has_guest_memfd() {
+            return lacks("KVM has no guest_memfd here; Linux 6.18 or later is needed");
+        }
+        // An unknown capability is answered by 0.
+        let flags = self.vm.check_extension_raw(KVM_CAP_GUEST_MEMFD_FLAGS);
+        let flags = u64::try_from(flags).unwrap_or(0);
+        if flags & FLAG_MMAP == 0 {
+            return lacks(
+                "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP; Linux 6.18 or later is \
+                 needed, or another memory backend",
+            );
+        }
+        if flags & FLAG_INIT_SHARED == 0 {
+            return lacks(
+                "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_INIT_SHARED, as it does for VMs \
+                 with private memory; use mode=private, or a VM without a confidential guest",
+            );
+        }
+        Ok(())
+    }
+
     fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
-        let fd = self.vm.create_guest_memfd(kvm_create_guest_memfd {
-            size: bytes,
-            flags: 0,
-            ..Default::default()
-        })?;
-        // SAFETY: the ioctl returned a new descriptor, which is ours alone.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // The kernel gives it without O_CLOEXEC.
-        fcntl_setfd(fd.as_fd(), FdFlags::CLOEXEC)?;
-        Ok(Arc::new(KernelFile::new(fd)))
+        self.create_file(bytes, 0)
+    }
+
+    fn create_mapped_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        self.create_file(bytes, FLAG_MMAP | FLAG_INIT_SHARED)
     }
 
     fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {

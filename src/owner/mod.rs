@@ -24,8 +24,15 @@ pub trait Owner: Debug + Send + Sync {
     /// Can guests of this owner have private memory?
     fn check_private_memory(&self) -> Result<()>;
 
+    /// Can a guest of this owner, and the host, use one file that the owner provides?
+    fn check_mapped_memory(&self) -> Result<()>;
+
     /// A file for the private view of a backend. All of it is a hole.
     fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>>;
+
+    /// A file that the host can map, for all memory of a backend whose guest has no private memory.
+    /// All of it is a hole.
+    fn create_mapped_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>>;
 
     /// The guest sees this view of these pages from now on. On an error nothing has changed.
     fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()>;

@@ -35,8 +35,16 @@ impl Owner for SoftwareOwner {
         Ok(())
     }
 
+    fn check_mapped_memory(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
         Ok(Arc::new(KernelFile::memfd("guestmemfd-private", bytes)?))
+    }
+
+    fn create_mapped_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        Ok(Arc::new(KernelFile::memfd("guestmemfd-mapped", bytes)?))
     }
 
     fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {

@@ -183,9 +183,11 @@ static void test_arguments(void)
     config.mode = 77;
     check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
               && strstr(error.message, "mode 77"), "an unknown mode is refused");
-    config.mode = GUESTMEMFD_MODE_MAPPED;
+    config.mode = GUESTMEMFD_MODE_PRIVATE;
+    config.bind = true;
     check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EOPNOTSUPP
-              && strstr(error.message, "mode=mapped"), "mapped mode is refused by name");
+              && strstr(error.message, "mode=mapped"), "bind is refused with private memory");
+    config.bind = false;
     config.mode = GUESTMEMFD_MODE_AUTO;
     config.discard = 77;
     check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EINVAL
@@ -402,11 +404,40 @@ static void test_threads(void)
     guestmemfd_vm_free(vm);
 }
 
+/* A guest_memfd that this process maps, in a VM without private memory */
+static void test_mapped(guestmemfd_vm *vm)
+{
+    guestmemfd_backend_config config = { .id = "ram", .size = SIZE, .mode = GUESTMEMFD_MODE_MAPPED };
+    guestmemfd_backend *backend = NULL;
+    guestmemfd_error error = { .code = 0 };
+    bool bound = true;
+    char *memory;
+
+    if (guestmemfd_backend_new(vm, &config, &backend, &error)) {
+        check(!backend && error.code == EOPNOTSUPP && strstr(error.message, "6.18"),
+              "a kernel without mapped guest_memfd is told what would do");
+        return;
+    }
+    check(guestmemfd_backend_private_fd(backend) == -1, "no slot carries the file");
+    memory = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                  guestmemfd_backend_shared_fd(backend), 0);
+    check(memory != MAP_FAILED, "the file can be mapped");
+    memset(memory, 1, SIZE);
+    check(!guestmemfd_backend_discard(backend, PAGE, PAGE, NULL)
+              && memory[0] && !memory[PAGE] && memory[2 * PAGE], "a discard frees what is named");
+    check(!guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, NULL) && !bound
+              && guestmemfd_vm_map_gpa_range(vm, 0, 1, 1 << 4, &error) == -EINVAL
+              && stats_of(backend).shared_bytes == SIZE, "nothing becomes private");
+    munmap(memory, SIZE);
+    guestmemfd_vm_remove_window(vm, 0, SIZE, NULL);
+    guestmemfd_backend_free(backend);
+}
+
 static void test_kvm(void)
 {
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     int vm_fd = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
-    guestmemfd_backend_config config = { .id = "ram", .size = SIZE };
+    guestmemfd_backend_config config = { .id = "ram", .size = SIZE, .mode = GUESTMEMFD_MODE_PRIVATE };
     guestmemfd_backend *backend = NULL;
     guestmemfd_vm *vm = NULL;
     guestmemfd_error error = { .code = 0 };
@@ -420,6 +451,7 @@ static void test_kvm(void)
     check(guestmemfd_backend_new(vm, &config, &backend, &error) == -EOPNOTSUPP && !backend
               && (strstr(error.message, "no guest_memfd") || strstr(error.message, "VM's type")),
           "a VM without private memory is refused with the reason");
+    test_mapped(vm);
     guestmemfd_vm_free(vm);
     check(fcntl(vm_fd, F_GETFD) >= 0, "the caller keeps its descriptors");
     close(vm_fd);

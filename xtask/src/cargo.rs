@@ -28,6 +28,22 @@ pub(crate) fn guest(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build(ctx, step, "guestmemfd-guest", "guest", "guestmemfd-guest")
 }
 
+/// The same without SSE: a KVM without svm and vmx may emulate instructions, and not have those.
+pub(crate) fn plain_guest(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    let mut command = cargo(ctx);
+    command
+        .env("RUSTFLAGS", "-Ctarget-feature=-sse,-sse2,-mmx")
+        .env("CARGO_TARGET_DIR", ctx.root.join("target/plain"));
+    build_with(
+        ctx,
+        step,
+        command,
+        "guestmemfd-guest",
+        "guest",
+        "guestmemfd-guest",
+    )
+}
+
 /// The program that runs guests under QEMU and judges them.
 pub(crate) fn runner(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build(ctx, step, "guestmemfd-lab", "release", "guestmemfd-lab")
@@ -46,8 +62,18 @@ fn build(
     profile: &str,
     artifact: &str,
 ) -> Result<PathBuf> {
+    build_with(ctx, step, cargo(ctx), package, profile, artifact)
+}
+
+fn build_with(
+    ctx: &Context,
+    step: &Step,
+    mut command: Command,
+    package: &str,
+    profile: &str,
+    artifact: &str,
+) -> Result<PathBuf> {
     step.say(format_args!("building {artifact}"));
-    let mut command = cargo(ctx);
     command.args(["build", "--package", package, "--profile", profile]);
     command.arg("--message-format=json-render-diagnostics");
     let mut found = None;

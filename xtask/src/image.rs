@@ -50,6 +50,7 @@ const SKELETON: [(&str, Option<&str>); 12] = [
 
 /// Where level 1 has QEMU and its firmware.
 pub(crate) const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
+const DAEMON: &str = "/usr/bin/qemu-storage-daemon";
 pub(crate) const FIRMWARE_FOLDER: &str = "/usr/share/qemu";
 
 /// How many images and firmware folders are kept.
@@ -103,10 +104,12 @@ pub(crate) fn build(ctx: &Context, step: &Step, qemu: &Qemu, runner: &Path) -> R
     };
     let init = ctx.root.join("lab/init");
     let firmware = firmware(ctx)?;
-    let libraries = libraries(&[&busybox, &qemu.program, runner])?;
+    let libraries = libraries(&[&busybox, &qemu.program, &qemu.daemon, runner])?;
 
     let mut key = Key::default().add_file(&init)?.add_identity(&busybox)?;
-    key = key.add_identity(&qemu.program)?;
+    key = key
+        .add_identity(&qemu.program)?
+        .add_identity(&qemu.daemon)?;
     for file in FIRMWARE
         .iter()
         .map(|name| firmware.join(name))
@@ -121,25 +124,27 @@ pub(crate) fn build(ctx: &Context, step: &Step, qemu: &Qemu, runner: &Path) -> R
         let _lock = cache::lock(&ctx.cache, "image", step)?;
         step.say("writing");
         cache::make_folder(&result, |partial| {
-            let stripped = partial.join("qemu");
-            let mut strip = command("strip", ["--strip-debug", "-o"]);
-            strip.arg(&stripped).arg(&qemu.program);
-            Job::new("stripping QEMU", strip).run()?;
             let mut image = Image::create(&partial.join("initramfs"))?;
             for (name, target) in SKELETON {
                 image.entry(name, target)?;
             }
             image.file("/init", &init)?;
             image.file("/bin/busybox", &busybox)?;
-            image.file(PROGRAM, &stripped)?;
+            for (name, program) in [(PROGRAM, &qemu.program), (DAEMON, &qemu.daemon)] {
+                let stripped = partial.join("stripped");
+                let mut strip = command("strip", ["--strip-debug", "-o"]);
+                strip.arg(&stripped).arg(program);
+                Job::new("stripping QEMU", strip).run()?;
+                image.file(name, &stripped)?;
+                cache::remove(&stripped)?;
+            }
             for name in FIRMWARE {
                 image.file(&format!("{FIRMWARE_FOLDER}/{name}"), &firmware.join(name))?;
             }
             for library in &libraries {
                 image.file(&library.to_string_lossy(), library)?;
             }
-            image.finish()?;
-            cache::remove(&stripped)
+            image.finish()
         })?;
     }
     cache::touch(&result);

@@ -49,6 +49,7 @@ const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
     ("libglib2.0-dev", &[Qemu], Library("glib-2.0")),
     ("zlib1g-dev", &[Qemu], Library("zlib")),
     ("libattr1-dev", &[Qemu], Library("libattr")),
+    ("libnuma-dev", &[Qemu], File("/usr/include/numa.h")),
     ("flex", &[Kernel], Tool("flex")),
     ("bison", &[Kernel], Tool("bison")),
     ("bc", &[Kernel], Tool("bc")),

@@ -21,15 +21,21 @@ const CONFIGURE: &[&str] = &[
     "--enable-kvm",
     "--enable-attr",
     "--enable-virtfs",
+    "--enable-numa",
     "--enable-plugins",
     "--enable-trace-backends=log",
     "--disable-fdt",
-    "--disable-tools",
+    "--enable-tools",
+    "--enable-vhost-user",
+    "--enable-vhost-user-blk-server",
     "--disable-docs",
     "--disable-guest-agent",
     "--disable-install-blobs",
     "--disable-download",
 ];
+
+/// What is built of it. The second serves disks to guests from a process of its own.
+const PROGRAMS: [&str; 2] = ["qemu-system-x86_64", "storage-daemon/qemu-storage-daemon"];
 
 /// The option that our patches bring.
 const OPTION: &str = "guestmemfd";
@@ -42,6 +48,8 @@ const KEEP: usize = 4;
 pub(crate) struct Qemu {
     /// `qemu-system-x86_64`.
     pub(crate) program: PathBuf,
+    /// `qemu-storage-daemon`.
+    pub(crate) daemon: PathBuf,
     /// For people.
     pub(crate) version: String,
 }
@@ -89,6 +97,7 @@ impl Qemu {
     fn at(result: &Path, version: &str) -> Self {
         Self {
             program: result.join("bin/qemu-system-x86_64"),
+            daemon: result.join("bin/qemu-storage-daemon"),
             version: version.to_owned(),
         }
     }
@@ -147,9 +156,10 @@ fn build_users(ctx: &Context, step: &Step, source: &Path, library: &Path) -> Res
     let build = tree.folder.join("build");
     compile(ctx, step, &tree, &build, true)?;
     let version = fs::read_to_string(source.join("VERSION")).unwrap_or_default();
-    let program = build.join("qemu-system-x86_64");
+    let [program, daemon] = PROGRAMS.map(|program| build.join(program));
     Ok(Qemu {
         program,
+        daemon,
         version: format!("{} ({})", version.trim(), source.display()),
     })
 }
@@ -222,8 +232,9 @@ pub(crate) fn compile(
     }
     configure(ctx, step, tree, build, &args)?;
     step.say("compiling");
-    let mut ninja = command("ninja", ["-j", &ctx.jobs.to_string(), "qemu-system-x86_64"]);
+    let mut ninja = command("ninja", ["-j", &ctx.jobs.to_string()]);
     ninja
+        .args(PROGRAMS)
         .current_dir(build)
         .env("PKG_CONFIG_PATH", prefix(tree).join("lib/pkgconfig"));
     Job::new("compiling QEMU", ninja)
@@ -263,11 +274,13 @@ fn ninja_progress(line: &str) -> Option<(u64, u64)> {
 }
 
 fn copy_result(build: &Path, result: &Path) -> Result<()> {
-    const PROGRAM: &str = "qemu-system-x86_64";
     let bin = result.join("bin");
     fs::create_dir(&bin)?;
-    fs::copy(build.join(PROGRAM), bin.join(PROGRAM))
-        .with_context(|| format!("QEMU's build left no {PROGRAM}"))?;
+    for program in PROGRAMS.map(Path::new) {
+        let name = program.file_name().unwrap_or_default();
+        fs::copy(build.join(program), bin.join(name))
+            .with_context(|| format!("QEMU's build left no {}", program.display()))?;
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 //! system's page counts are the second opinion: they see the pages of every process, so they also
 //! tell whether a dead QEMU left any behind.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -22,6 +23,12 @@ const SYS_CACHESTAT: libc::c_long = 451;
 
 /// Bytes in the page cache of one file.
 pub(crate) fn cached_bytes(file: BorrowedFd<'_>) -> io::Result<u64> {
+    // Length 0: up to the end of the file.
+    cached_bytes_of(file, 0, 0)
+}
+
+/// The same for a part of the file.
+fn cached_bytes_of(file: BorrowedFd<'_>, offset: u64, length: u64) -> io::Result<u64> {
     #[repr(C)]
     struct Range {
         offset: u64,
@@ -36,11 +43,7 @@ pub(crate) fn cached_bytes(file: BorrowedFd<'_>) -> io::Result<u64> {
         evicted: u64,
         recently_evicted: u64,
     }
-    // Length 0: up to the end of the file.
-    let range = Range {
-        offset: 0,
-        length: 0,
-    };
+    let range = Range { offset, length };
     let mut counts = Counts::default();
     // SAFETY: both structures have the layout that cachestat(2) documents and outlive the call,
     // which keeps neither.
@@ -143,6 +146,46 @@ fn guest_memfd_bytes(pid: u32, fd: i32) -> Result<Option<u64>> {
         Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => Ok(None),
         Err(e) => Err(e).context("cachestat of a guest_memfd"),
     }
+}
+
+/// Bytes that the kernel has allocated for a part of the first guest_memfd of a process.
+pub(crate) fn guest_memfd_part(pid: u32, offset: u64, length: u64) -> Result<u64> {
+    for fd in open_fds(pid)? {
+        let target = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
+        if kind_of(&target.to_string_lossy()) == Some(Kind::GuestMemfd) {
+            let file = fetch_fd(pid, fd)?;
+            return cached_bytes_of(file.as_fd(), offset, length).context("cachestat");
+        }
+    }
+    bail!("process {pid} has no guest_memfd")
+}
+
+/// How many pages of guest_memfds a process has mapped from each NUMA node, by node.
+pub(crate) fn guest_memfd_nodes(pid: u32) -> Result<Vec<(u32, u64)>> {
+    let path = format!("/proc/{pid}/numa_maps");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    Ok(pages_by_node(&text))
+}
+
+fn pages_by_node(numa_maps: &str) -> Vec<(u32, u64)> {
+    let mut nodes = BTreeMap::new();
+    for line in numa_maps.lines() {
+        let mut words = line.split_whitespace();
+        if !words
+            .clone()
+            .any(|word| kind_of(word) == Some(Kind::GuestMemfd))
+        {
+            continue;
+        }
+        let counts = words.by_ref().filter_map(|word| {
+            let (node, pages) = word.strip_prefix('N')?.split_once('=')?;
+            Some((node.parse().ok()?, pages.parse::<u64>().ok()?))
+        });
+        for (node, pages) in counts {
+            *nodes.entry(node).or_default() += pages;
+        }
+    }
+    nodes.into_iter().collect()
 }
 
 fn fetch_fd(pid: u32, fd: i32) -> Result<OwnedFd> {
@@ -281,6 +324,14 @@ mod tests {
         assert_eq!(kind_of("/memfd:ram0 (deleted)"), Some(Kind::Memfd));
         assert_eq!(kind_of("socket:[33]"), None);
         assert_eq!(kind_of("anon_inode:kvm-vm"), None);
+    }
+
+    #[test]
+    fn pages_of_guest_memfds_by_node() {
+        let maps = "7f0 bind:1 file=/[kvm-gmem] dirty=3 N1=2 N0=1 kernelpagesize_kB=4\n\
+                    7f1 default file=/memfd:x dirty=9 N0=9\n\
+                    7f2 default file=/[kvm-gmem] N1=4\n";
+        assert_eq!(pages_by_node(maps), [(0, 1), (1, 6)]);
     }
 
     #[test]

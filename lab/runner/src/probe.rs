@@ -15,6 +15,9 @@ const KVM_CAP_GUEST_MEMFD: u64 = 234;
 const KVM_CAP_VM_TYPES: u64 = 235;
 const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
 
+/// GUEST_MEMFD_FLAG_MMAP and GUEST_MEMFD_FLAG_INIT_SHARED.
+const GUEST_MEMFD_MAPPED: u32 = 3;
+
 const KVM_X86_DEFAULT_VM: u64 = 0;
 const KVM_X86_SW_PROTECTED_VM: u64 = 1;
 const KVM_MEMORY_ATTRIBUTE_PRIVATE: u32 = 1 << 3;
@@ -27,6 +30,12 @@ pub(crate) enum Need {
     Kvm,
     /// `KVM_CREATE_GUEST_MEMFD` on an ordinary VM.
     GuestMemfd,
+    /// The same with a file that the host can map.
+    MappedMemory,
+    /// A kernel whose guest_memfd follows NUMA policies, and a second node.
+    NumaPolicy,
+    /// A kernel whose guest_memfd ignores them.
+    NoNumaPolicy,
     /// A software-protected VM that converts: attributes and the hypercall.
     PrivateMemory,
     /// The lab kernel's `sw_protected_strict_from`, and the right to set it.
@@ -53,6 +62,7 @@ pub(crate) struct Machine {
     strict_writable: bool,
     root: bool,
     page_counts: bool,
+    numa_policy: bool,
 }
 
 /// What one VM says of itself: some capabilities depend on its type.
@@ -72,6 +82,7 @@ impl Machine {
             strict_writable: strict::writable(),
             root: rustix::process::geteuid().is_root(),
             page_counts: memory::can_count(),
+            numa_policy: kernel_version() >= (7, 1),
             ..Self::default()
         };
         if let Err(why) = machine.ask_kvm() {
@@ -113,6 +124,18 @@ impl Machine {
                     "KVM has no guest_memfd (Linux 6.8 or newer, CONFIG_KVM_GUEST_MEMFD)".into(),
                 ),
             },
+            Need::MappedMemory => match self.ordinary {
+                Some(vm) if vm.guest_memfd_flags & GUEST_MEMFD_MAPPED == GUEST_MEMFD_MAPPED => None,
+                _ => Some("KVM has no guest_memfd that can be mapped (Linux 6.18 or newer)".into()),
+            },
+            Need::NumaPolicy if !self.numa_policy => {
+                Some("guest_memfd ignores NUMA policies (Linux 7.1 or newer)".into())
+            }
+            Need::NumaPolicy => (!Path::new("/sys/devices/system/node/node1").exists())
+                .then(|| "there is one NUMA node".into()),
+            Need::NoNumaPolicy => self
+                .numa_policy
+                .then(|| "guest_memfd follows NUMA policies".into()),
             Need::PrivateMemory => self.lacks_private_memory(),
             Need::StrictMode => match (&self.strict_from, self.strict_writable) {
                 (None, _) => Some(format!("KVM has no {} (lab kernel)", strict::PATH)),
@@ -212,6 +235,17 @@ impl fmt::Display for Machine {
             None => writeln!(f, "strict mode: no ({} does not exist)", strict::PATH),
         }
     }
+}
+
+/// Of `uname`: 7.2.8 is (7, 2).
+fn kernel_version() -> (u32, u32) {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release.split('.').map_while(|number| number.parse().ok());
+    (
+        numbers.next().unwrap_or_default(),
+        numbers.next().unwrap_or_default(),
+    )
 }
 
 /// The names of the bits in `mask`, numbers for unnamed ones.

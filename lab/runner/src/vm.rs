@@ -73,6 +73,14 @@ pub(crate) enum Scenario {
     Race,
     /// Much memory converted and never touched
     Sweep,
+    /// Writes to memory until a fw_cfg item says stop
+    Dirty,
+    /// Gives pages back by virtio-balloon
+    Balloon,
+    /// Reports free pages by virtio-balloon
+    Reporting,
+    /// Uses a virtio-blk disk
+    Disk,
 }
 
 impl Scenario {
@@ -90,6 +98,10 @@ impl Scenario {
             Self::Large => "large",
             Self::Race => "race",
             Self::Sweep => "sweep",
+            Self::Dirty => "dirty",
+            Self::Balloon => "balloon",
+            Self::Reporting => "reporting",
+            Self::Disk => "disk",
         }
     }
 
@@ -179,6 +191,23 @@ impl Vm {
         }
         vm.kernel = Some((files.guest.clone(), append));
         vm
+    }
+
+    /// The conformance guest in an ordinary VM.
+    pub(crate) fn ordinary_guest(files: &Files, scenario: Scenario, size: Size) -> Self {
+        Self {
+            confidential: None,
+            ..Self::conformance(files, scenario, false, size, 1)
+        }
+    }
+
+    /// Adds properties to the backend.
+    pub(crate) fn with_backend_properties(mut self, properties: &str) -> Self {
+        if let Some(object) = &mut self.backend {
+            object.push(',');
+            object.push_str(properties);
+        }
+        self
     }
 
     /// Replaces the backend.

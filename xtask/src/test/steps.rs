@@ -217,7 +217,7 @@ pub(crate) fn kernel(bench: &Bench, step: &Step) -> Result<Tally> {
 
 pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
     let qemu = bench.qemu(step)?;
-    let guest = cargo::guest(bench.ctx, step)?;
+    let guest = cargo::plain_guest(bench.ctx, step)?;
     let runner = cargo::runner(bench.ctx, step)?;
     let firmware = image::firmware(bench.ctx)?;
     let out = bench.ctx.scratch().join("machine");

@@ -5,6 +5,9 @@ mod freed;
 mod guests;
 mod hostile;
 mod large;
+mod mapped;
+mod mapped_devices;
+mod mapped_migration;
 mod measure;
 mod no_memory;
 mod object;
@@ -128,6 +131,9 @@ fn all() -> Vec<Test> {
         hostile::tests(),
         large::tests(),
         no_memory::tests(),
+        mapped::tests(),
+        mapped_devices::tests(),
+        mapped_migration::tests(),
     ]
     .into_iter()
     .flatten()

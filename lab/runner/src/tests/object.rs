@@ -22,7 +22,7 @@ pub(super) fn tests() -> Vec<Test> {
 /// Wrong for every VM: shown on one that has private memory, so that nothing else is wrong.
 fn bad_properties() -> Vec<Test> {
     // Name, object, and words of which the message must contain one.
-    let cases: [(&str, String, &[&str]); 12] = [
+    let cases: [(&str, String, &[&str]); 13] = [
         ("size-zero", backend("size=0"), &["doesn't take value '0'"]),
         (
             "size-absent",
@@ -66,7 +66,16 @@ fn bad_properties() -> Vec<Test> {
             backend("size=256M,lazy-chunk=3M"),
             &["lazy-chunk", "power of two"],
         ),
-        ("mode-mapped", backend("size=256M,mode=mapped"), &["mapped"]),
+        (
+            "mode-mapped",
+            backend("size=256M,mode=mapped"),
+            &["GUEST_MEMFD_FLAG_INIT_SHARED"],
+        ),
+        (
+            "bind-private",
+            backend("size=256M,bind=on"),
+            &["mode=mapped"],
+        ),
     ];
     let test = |(name, object, words): (&str, String, &'static [&str])| {
         let vm = Vm::protected(SIZE).with_backend(&object);
@@ -85,22 +94,22 @@ fn bad_machines() -> Vec<Test> {
     vec![
         refused("tcg", &[], tcg, &["KVM", "kvm"]),
         refused(
-            "ordinary-vm",
-            &[Need::Kvm],
-            Vm::ordinary(SIZE),
-            &["private", "confidential"],
-        ),
-        refused(
             "ordinary-vm-mode-private",
             &[Need::Kvm],
             ordinary("size=256M,mode=private"),
             &["private", "confidential"],
         ),
         refused(
-            "ordinary-vm-mode-mapped",
-            &[Need::Kvm],
-            ordinary("size=256M,mode=mapped"),
-            &["mapped"],
+            "ordinary-vm-share-off",
+            &[Need::MappedMemory],
+            ordinary("size=256M,share=off"),
+            &["share"],
+        ),
+        refused(
+            "ordinary-vm-hugetlb",
+            &[Need::MappedMemory],
+            ordinary("size=256M,hugetlb=on"),
+            &["4 KiB"],
         ),
         refused("used-twice", &[Need::PrivateMemory], twice, &["ram0"]),
     ]

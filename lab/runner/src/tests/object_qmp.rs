@@ -29,6 +29,11 @@ pub(super) fn tests() -> Vec<Test> {
             add_to_ordinary_vm,
         ),
         Test::new(
+            "object/qmp-loop-mapped",
+            &[Need::MappedMemory],
+            add_and_delete_mapped,
+        ),
+        Test::new(
             "object/out-of-descriptors",
             &[Need::PrivateMemory, Need::Root],
             out_of_descriptors,
@@ -56,7 +61,7 @@ fn bad_objects() -> [(Value, &'static str); 11] {
         (json!({"size": 1_u64 << 60}), "large"),
         (json!({"size": 1 << 20, "share": false}), "share"),
         (json!({"size": 1 << 20, "mode": "sideways"}), "sideways"),
-        (json!({"size": 1 << 20, "mode": "mapped"}), "mapped"),
+        (json!({"size": 1 << 20, "mode": "mapped"}), "INIT_SHARED"),
         (json!({"size": 1 << 20, "discard": "never"}), "never"),
         (
             json!({"size": 1 << 20, "lazy-attributes": "maybe"}),
@@ -127,10 +132,27 @@ fn add_to_ordinary_vm(context: &Context) -> Result<()> {
     vm.backend = None;
     let mut qemu = context.start(&vm)?;
     leaks_nothing(&mut qemu, |qemu, _| {
-        let why = add(qemu, &json!({"size": 16 << 20}))?.context("object-add was accepted")?;
+        let properties = json!({"size": 16 << 20, "mode": "private"});
+        let why = add(qemu, &properties)?.context("object-add was accepted")?;
         ensure!(
             why.contains("private") || why.contains("confidential"),
             "the message is {why:?}"
+        );
+        Ok(())
+    })
+}
+
+fn add_and_delete_mapped(context: &Context) -> Result<()> {
+    let mut qemu = context.start(&Vm::ordinary(SIZE))?;
+    leaks_nothing(&mut qemu, |qemu, round| {
+        let bind = round % 2 == 1;
+        if let Some(why) = add(qemu, &json!({"size": 16 << 20, "bind": bind}))? {
+            bail!("object-add was refused in round {round}: {why}");
+        }
+        delete(qemu)?;
+        ensure!(
+            add(qemu, &json!({"size": 16 << 20, "hugetlb": true}))?.is_some(),
+            "hugetlb=on was accepted"
         );
         Ok(())
     })
