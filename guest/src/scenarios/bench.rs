@@ -220,6 +220,7 @@ fn requests(memory: Memory, cases: &[Case]) {
 
 fn faults(memory: Memory) {
     unit();
+    first_touches(memory);
     for case in &FAULT_CASES {
         measure(case, |case, meter, intent| {
             for start in case.starts() {
@@ -229,6 +230,16 @@ fn faults(memory: Memory) {
             }
         });
     }
+}
+
+/// Touches, through the private view and in order, pages for which nobody has chosen a view.
+fn first_touches(memory: Memory) {
+    let samples = &mut TO_PRIVATE.lock().touches;
+    // From the end of the memory; the other cases begin at its start.
+    for page in PAGES - SEQUENCE..PAGES {
+        samples.add(memory.touch(page..page + 1, Private));
+    }
+    line("fault-first-4k", "private", "touch", 1, samples);
 }
 
 fn twice(memory: Memory) {

@@ -13,14 +13,15 @@ const SIZE: u64 = 256 * MIB;
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
 
 /// Who is measured, and how it is set up. `report.json` calls the second part the variant.
-pub(crate) const SUBJECTS: [(&str, &str); 7] = [
+pub(crate) const SUBJECTS: [(&str, &str); 8] = [
     ("floor", ""),
     ("floor", "prefault"),
     ("upstream", ""),
     ("ours", "discard=now"),
     ("ours", "discard=coalesced"),
     ("ours", "discard=keep"),
-    ("ours", "lazy-attributes=on"),
+    ("ours", "prefault=on"),
+    ("ours", "lazy-attributes=off"),
 ];
 
 /// What is compared with the baseline: the row that all ours are measured by.
@@ -47,15 +48,14 @@ pub(crate) fn all() -> Vec<Measurement> {
                 size,
             })
     };
-    // Prefaulting is for requests, and lazy attributes are for those who touch.
-    let mut all: Vec<Measurement> = of("request", SIZE).collect();
-    all.extend(of("fault", SIZE).filter(|m| m.variant != "prefault"));
-    all.extend(of("twice", SIZE));
+    // Prefaulting is for requests; lazy attributes, which are on otherwise, are for touches.
+    let mut all: Vec<Measurement> = of("request", SIZE)
+        .filter(|m| m.variant != "lazy-attributes=off")
+        .collect();
+    all.extend(of("fault", SIZE).filter(|m| !m.variant.starts_with("prefault")));
+    all.extend(of("twice", SIZE).filter(|m| m.variant != "lazy-attributes=off"));
     for size in START_SIZES {
-        all.extend(
-            of("start", size)
-                .filter(|m| matches!(m.variant, "" | "discard=now" | "lazy-attributes=on")),
-        );
+        all.extend(of("start", size).filter(|m| matches!(m.variant, "" | "discard=now")));
     }
     all
 }
