@@ -49,7 +49,7 @@ pub(crate) struct Options {
     jobs: Option<usize>,
 
     /// Seconds after which a measurement is taken to hang, and tried again
-    #[arg(long, default_value_t = 1200, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 3600, value_name = "SECONDS")]
     limit: u64,
 }
 
@@ -110,7 +110,7 @@ impl<'a> Bench<'a> {
 
     /// The five rows that are compared with the baseline.
     pub(crate) fn check_rows(&self, step: &Step) -> Result<Vec<Row>> {
-        let limit = std::time::Duration::from_secs(1200);
+        let limit = std::time::Duration::from_secs(1800);
         run::all(self, step, &[plan::check()], 1, limit)
     }
 
