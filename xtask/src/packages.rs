@@ -50,6 +50,7 @@ const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
     ("zlib1g-dev", &[Qemu], Library("zlib")),
     ("libattr1-dev", &[Qemu], Library("libattr")),
     ("libnuma-dev", &[Qemu], File("/usr/include/numa.h")),
+    ("ccache", &[Test], Tool("ccache")),
     ("flex", &[Kernel], Tool("flex")),
     ("bison", &[Kernel], Tool("bison")),
     ("bc", &[Kernel], Tool("bc")),

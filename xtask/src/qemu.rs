@@ -81,7 +81,7 @@ pub(crate) fn build(ctx: &Context, step: &Step) -> Result<Qemu> {
     let tree = prepare(ctx, step)?;
     install_library(ctx, &tree, &library)?;
     let build = tree.folder.join("build");
-    compile(ctx, step, &tree, &build, true)?;
+    compile(ctx, step, &tree, &build, true, &[])?;
     let release = fetch::QEMU
         .iter()
         .find(|release| qemu_source::folder(ctx, release) == tree.folder)
@@ -154,7 +154,7 @@ fn build_users(ctx: &Context, step: &Step, source: &Path, library: &Path) -> Res
     };
     install_library(ctx, &tree, library)?;
     let build = tree.folder.join("build");
-    compile(ctx, step, &tree, &build, true)?;
+    compile(ctx, step, &tree, &build, true, &[])?;
     let version = fs::read_to_string(source.join("VERSION")).unwrap_or_default();
     let [program, daemon] = PROGRAMS.map(|program| build.join(program));
     Ok(Qemu {
@@ -220,9 +220,14 @@ pub(crate) fn compile(
     tree: &Tree,
     build: &Path,
     with: bool,
+    more: &[&str],
 ) -> Result<()> {
     let python = python::environment(ctx, step)?;
-    let mut args: Vec<String> = CONFIGURE.iter().map(|arg| (*arg).to_owned()).collect();
+    let mut args: Vec<String> = CONFIGURE
+        .iter()
+        .chain(more)
+        .map(|arg| (*arg).to_owned())
+        .collect();
     args.push(format!("--python={}", python.join("python3").display()));
     if has_option(&tree.source)? {
         args.push(format!(
@@ -236,6 +241,8 @@ pub(crate) fn compile(
     ninja
         .args(PROGRAMS)
         .current_dir(build)
+        .env("CCACHE_DIR", tree.folder.join("ccache"))
+        .env("CCACHE_MAXSIZE", "2G")
         .env("PKG_CONFIG_PATH", prefix(tree).join("lib/pkgconfig"));
     Job::new("compiling QEMU", ninja)
         .log(&ctx.log("qemu-build"))

@@ -40,10 +40,10 @@ fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()
     match (event.name.as_str(), event.data["reason"].as_str()) {
         ("SHUTDOWN", Some("guest-shutdown")) => {}
         ("STOP", _) => bail!("the guest was stopped: status {}", status(qemu)?),
+        ("RESET", _) => return Err(unexpected_reset(qemu)),
         (name, reason) => bail!(
-            "the guest did not end itself: {name}, {}\n{}",
-            reason.unwrap_or(""),
-            qemu.last_reset()
+            "the guest did not end itself: {name}, {}",
+            reason.unwrap_or("")
         ),
     }
     // The event is sent before the vCPUs have stopped.
@@ -54,6 +54,22 @@ fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()
         "after the guest's end QEMU's status is {status}"
     );
     Ok(())
+}
+
+/// A reset that nobody asked for: the guest itself, or a triple fault.
+#[derive(Debug)]
+pub(crate) struct UnexpectedReset(String);
+
+impl std::fmt::Display for UnexpectedReset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the guest was reset; its CPUs before:\n{}", self.0)
+    }
+}
+
+impl std::error::Error for UnexpectedReset {}
+
+pub(crate) fn unexpected_reset(qemu: &Qemu) -> anyhow::Error {
+    UnexpectedReset(qemu.last_reset()).into()
 }
 
 fn did_not_end(qemu: &Qemu, limit: Duration) -> String {

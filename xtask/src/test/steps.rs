@@ -296,7 +296,8 @@ fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
         step.amount(done, total);
     }
     // The reason follows in comments.
-    let of_failure = tap.last_failed() && line.starts_with('#');
+    let of_failure =
+        tap.last_failed() && line.starts_with('#') || line.starts_with("# tried again");
     if of_failure || line.starts_with("not ok") || line.starts_with("Bail out!") {
         step.note(line);
     }
@@ -331,7 +332,7 @@ fn own_tests(bench: &Bench, step: &Step, with: bool) -> Result<Tally> {
         ("without", "build-without")
     };
     let build = tree.folder.join(build);
-    qemu_build::compile(ctx, step, &tree, &build, with)?;
+    qemu_build::compile(ctx, step, &tree, &build, with, &[])?;
     let objects = output(command(
         build.join("qemu-system-x86_64"),
         ["-object", "help"],

@@ -33,7 +33,6 @@ pub(super) fn tests() -> Vec<Test> {
         let name = format!("guest/flip-{smp}");
         tests.push(Test::new(name, strict, move |context| flip(context, smp)));
     }
-    // Two of some twenty runs ended in a reset of the guest, for a reason that is not known yet.
     let above = Test::new("guest/memory-above-4g", strict, memory_above_4g);
     tests.push(above.only_in_full());
     for smp in [1, 4] {
