@@ -167,6 +167,9 @@ pub(crate) fn run(options: &Options) -> bool {
     good
 }
 
+/// How often a test is tried again whose guest the emulated CPU may have reset.
+const MORE_TRIES: usize = 4;
+
 /// In the lab, the emulated CPU sometimes enters level 2 with nested paging off, which ends in a
 /// triple fault at once and happens to any guest on any backend.
 fn emulator_may_have_failed(why: &anyhow::Error, machine: &Machine) -> bool {
@@ -192,9 +195,11 @@ fn report(number: usize, test: &Test, machine: &Machine, options: &Options) -> b
     let start = Instant::now();
     let run = || empty_folder(&context.log).and_then(|()| (test.run)(&context));
     let mut result = run();
-    if let Err(why) = &result
-        && emulator_may_have_failed(why, machine)
-    {
+    for _ in 0..MORE_TRIES {
+        let Err(why) = &result else { break };
+        if !emulator_may_have_failed(why, machine) {
+            break;
+        }
         let why = format!("{why:#}").replace('\n', " / ");
         println!("# tried again (known trouble, docs/lab.md): {name}: {why}");
         result = run();
