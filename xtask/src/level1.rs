@@ -174,8 +174,6 @@ impl Lab {
         };
         if task.count_instructions {
             qemu.args(["-icount", "shift=0,sleep=off"]);
-        } else {
-            qemu.args(nodes(task.memory));
         }
         qemu.args(["-accel", accel, "-machine", "q35", "-cpu", "max"])
             .args(["-smp", &cpus.to_string()])
@@ -237,21 +235,6 @@ impl Parts {
             runner: cargo::runner(ctx, step)?,
         })
     }
-}
-
-/// Two NUMA nodes with half of the memory each: where a page lies can be asked for, and seen.
-fn nodes(memory: u64) -> Vec<String> {
-    let half = memory >> 21;
-    (0..2)
-        .flat_map(|node| {
-            [
-                "-object".to_owned(),
-                format!("memory-backend-ram,id=node{node},size={half}M"),
-                "-numa".to_owned(),
-                format!("node,nodeid={node},memdev=node{node}"),
-            ]
-        })
-        .collect()
 }
 
 /// A folder of the host that level 1 mounts by its tag.
