@@ -97,7 +97,7 @@ const STEPS: &[TestStep] = &[
     step("kernel", "the lab's kernel builds", steps::kernel),
     step(
         "patches",
-        "each patch applies, compiles and passes checkpatch",
+        "each patch applies and passes checkpatch",
         patches_step,
     ),
     step(
@@ -112,6 +112,7 @@ const STEPS: &[TestStep] = &[
         "conversions cost no more instructions than they did",
         steps::bench,
     ),
+    step("series", "each step of the patches compiles", series_step).long(),
     step("qtest", "QEMU's own tests, with the library", steps::qtest).long(),
     step(
         "without",
@@ -120,6 +121,10 @@ const STEPS: &[TestStep] = &[
     )
     .long(),
 ];
+
+fn series_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
+    patches::compile_each(bench.ctx, step)
+}
 
 fn patches_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
     patches::test(bench.ctx, step)
