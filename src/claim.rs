@@ -114,6 +114,15 @@ impl Claims {
         })
     }
 
+    /// The same for those who cannot give up.
+    pub fn claim_for_sure(&self, wanted: &[(BackendId, FilePages)]) -> Claim<'_> {
+        loop {
+            if let Ok(claim) = self.claim(wanted, || false) {
+                return claim;
+            }
+        }
+    }
+
     /// Does another thread's claim overlap the range?
     pub fn is_claimed(&self, backend: BackendId, pages: FilePages) -> bool {
         let me = Some(thread::current().id());

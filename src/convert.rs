@@ -346,12 +346,8 @@ impl Vm {
             return backend.punch(pages, View::Shared);
         }
         let told = Told::begin(self.listener.as_ref());
-        let _claim = loop {
-            // Not interruptible: QEMU's callers cannot repeat a discard.
-            if let Ok(claim) = self.claims.claim(&[(backend.id(), pages)], || false) {
-                break claim;
-            }
-        };
+        // QEMU's callers cannot repeat a discard.
+        let _claim = self.claims.claim_for_sure(&[(backend.id(), pages)]);
         self.make_sure(backend, pages)?;
         let mut moves = Moves::mark(&[(backend.clone(), pages)], |_| true);
         // The host sees undecided pages: their shared view is emptied first, whatever the policy

@@ -305,11 +305,7 @@ impl Vm {
     ) -> Claim<'_> {
         let new = new.into_iter().map(|(backend, file)| (backend.id(), file));
         let wanted: Vec<_> = stale.chain(new).collect();
-        loop {
-            if let Ok(claim) = self.claims.claim(&wanted, || false) {
-                return claim;
-            }
-        }
+        self.claims.claim_for_sure(&wanted)
     }
 }
 
