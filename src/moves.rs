@@ -5,8 +5,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::addr::{Few, FilePages, merge_adjacent};
+use crate::addr::{Few, FilePages, FileSpace, PAGE_SIZE, merge_adjacent};
 use crate::backend::Backend;
+use crate::page_set::PageSet;
 use crate::state::{PageState, View};
 
 /// Pages of one backend that system calls treat alike.
@@ -21,8 +22,20 @@ pub(crate) struct Run {
 #[derive(Debug)]
 pub(crate) struct Moves {
     moves: Few<(Run, PageState)>,
-    /// Undecided pages next to those that were asked for, which go along.
-    along: Few<Run>,
+    along: Option<Along>,
+}
+
+/// Undecided pages next to those that were asked for, which go along. They lie in one window.
+#[derive(Debug)]
+struct Along {
+    backend: Arc<Backend>,
+    pages: PageSet<FileSpace>,
+}
+
+impl Along {
+    fn runs(&self) -> Vec<FilePages> {
+        self.pages.within(self.backend.pages())
+    }
 }
 
 impl Drop for Moves {
@@ -40,54 +53,46 @@ impl Moves {
     ) -> Self {
         let mut moves = Few::new();
         for (backend, pages) in windows {
-            let mut states = backend.states.lock();
-            let runs: Few<_> = states
-                .runs(*pages)
-                .filter(|(_, state)| *state != PageState::Transition && takes_part(*state))
-                .collect();
-            for (pages, was) in runs {
-                states.set_run(pages, was, PageState::Transition);
+            let takes_part = |state: PageState| state != PageState::Transition && takes_part(state);
+            for (pages, was) in mark_runs(backend, *pages, takes_part) {
                 let backend = backend.clone();
                 moves.push((Run { backend, pages }, was));
             }
         }
-        let along = Few::new();
-        Self { moves, along }
+        Self { moves, along: None }
     }
 
     /// Marks those of some pages that nobody has decided; they go along.
     pub(crate) fn mark_along(&mut self, backend: &Arc<Backend>, pages: FilePages) {
-        let mut states = backend.states.lock();
-        let undecided = |(_, state): &(_, PageState)| *state == PageState::Undecided;
-        let runs: Few<_> = states.runs(pages).filter(undecided).collect();
-        for (pages, was) in runs {
-            states.set_run(pages, was, PageState::Transition);
-            let backend = backend.clone();
-            self.along.push(Run { backend, pages });
+        let mut along = PageSet::default();
+        for (run, _) in mark_runs(backend, pages, |state| state == PageState::Undecided) {
+            along.insert(run);
         }
+        self.along = Some(Along {
+            backend: backend.clone(),
+            pages: along,
+        });
     }
 
     /// Pages that go along.
-    pub(crate) fn along(&self) -> &[Run] {
-        &self.along
+    pub(crate) fn along(&self) -> Vec<Run> {
+        let along = self.along.iter();
+        along
+            .flat_map(|along| {
+                along.runs().into_iter().map(|pages| Run {
+                    backend: along.backend.clone(),
+                    pages,
+                })
+            })
+            .collect()
     }
 
     /// Ends the transition of some pages that go along, which stay behind after all.
     pub(crate) fn leave_behind(&mut self, pages: &[Run], state: PageState) {
+        let Some(along) = &mut self.along else { return };
+        let mut states = along.backend.states.lock();
         for left in pages {
-            let same = |run: &Run| run.backend.id() == left.backend.id();
-            let rest = self.along.drain(..).flat_map(|run| {
-                let parts = match same(&run) {
-                    true => run.pages.minus(left.pages),
-                    false => [Some(run.pages), None],
-                };
-                parts.into_iter().flatten().map(move |pages| Run {
-                    backend: run.backend.clone(),
-                    pages,
-                })
-            });
-            self.along = rest.collect();
-            let mut states = left.backend.states.lock();
+            along.pages.remove(left.pages);
             states.set_run(left.pages, PageState::Transition, state);
         }
     }
@@ -110,9 +115,9 @@ impl Moves {
             counters.conversions.add(to, 1);
             counters.converted_pages.add(to, pages);
         }
-        for run in &self.along {
-            let counter = &run.backend.counters.pages_along;
-            counter.fetch_add(run.pages.count(), Ordering::Relaxed);
+        if let Some(along) = &self.along {
+            let counter = &along.backend.counters.pages_along;
+            counter.fetch_add(along.pages.bytes() / PAGE_SIZE, Ordering::Relaxed);
         }
     }
 
@@ -132,25 +137,24 @@ impl Moves {
 
     /// All pages that move, neighbours joined.
     pub(crate) fn all_runs(&self) -> Few<Run> {
-        // Only a request in a single window has pages that go along.
-        let Some(first) = self.along.first() else {
+        let Some(along) = &self.along else {
             return self.runs(|_| true);
         };
         let asked = self.moves.iter().map(|(run, _)| run.pages);
-        let along = self.along.iter().map(|run| run.pages);
-        let mut pages: Few<_> = asked.chain(along).collect();
+        let mut pages: Few<_> = asked.chain(along.runs()).collect();
         pages.sort_unstable();
         let mut runs = Few::new();
-        join(&mut runs, &first.backend, pages);
+        join(&mut runs, &along.backend, pages);
         runs
     }
 
     /// Ends the transition; `to` is given the old state.
     pub(crate) fn finish(&mut self, to: impl Fn(PageState) -> PageState) {
-        for run in self.along.drain(..) {
-            let mut states = run.backend.states.lock();
-            let to = to(PageState::Undecided);
-            states.set_run(run.pages, PageState::Transition, to);
+        if let Some(along) = self.along.take() {
+            let mut states = along.backend.states.lock();
+            for run in along.runs() {
+                states.set_run(run, PageState::Transition, to(PageState::Undecided));
+            }
         }
         for (run, was) in self.moves.drain(..) {
             let mut states = run.backend.states.lock();
@@ -163,6 +167,21 @@ impl Moves {
         let same = |a: &(Run, _), b: &(Run, _)| a.0.backend.id() == b.0.backend.id();
         self.moves.chunk_by(same)
     }
+}
+
+/// Marks the runs of some pages that `takes_part` accepts; returns them with the state each had.
+fn mark_runs(
+    backend: &Backend,
+    pages: FilePages,
+    takes_part: impl Fn(PageState) -> bool,
+) -> Few<(FilePages, PageState)> {
+    let mut states = backend.states.lock();
+    let runs = states.runs(pages).filter(|(_, state)| takes_part(*state));
+    let runs: Few<_> = runs.collect();
+    for (run, was) in &runs {
+        states.set_run(*run, *was, PageState::Transition);
+    }
+    runs
 }
 
 fn join(runs: &mut Few<Run>, backend: &Arc<Backend>, pages: impl IntoIterator<Item = FilePages>) {
