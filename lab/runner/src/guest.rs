@@ -28,10 +28,8 @@ fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()
     let mut seen = 0;
     let event = loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let event = qemu
-            .qmp
-            .wait_event(&["SHUTDOWN", "STOP", "RESET"], left)
-            .with_context(|| did_not_end(qemu, limit))?;
+        let event = qemu.qmp.wait_event(&["SHUTDOWN", "STOP", "RESET"], left);
+        let event = event.with_context(|| did_not_end(qemu, limit))?;
         if event.name != "RESET" || seen == resets {
             break event;
         }
@@ -40,7 +38,7 @@ fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()
     match (event.name.as_str(), event.data["reason"].as_str()) {
         ("SHUTDOWN", Some("guest-shutdown")) => {}
         ("STOP", _) => bail!("the guest was stopped: status {}", status(qemu)?),
-        ("RESET", _) => return Err(unexpected_reset(qemu)),
+        ("RESET", _) => bail!("the guest was reset, by itself or by a triple fault"),
         (name, reason) => bail!(
             "the guest did not end itself: {name}, {}",
             reason.unwrap_or("")
@@ -56,30 +54,23 @@ fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()
     Ok(())
 }
 
-/// A reset that nobody asked for: the guest itself, or a triple fault.
-#[derive(Debug)]
-pub(crate) struct UnexpectedReset(String);
-
-impl std::fmt::Display for UnexpectedReset {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the guest was reset; its CPUs before:\n{}", self.0)
-    }
-}
-
-impl std::error::Error for UnexpectedReset {}
-
-pub(crate) fn unexpected_reset(qemu: &Qemu) -> anyhow::Error {
-    UnexpectedReset(qemu.last_reset()).into()
-}
-
-fn did_not_end(qemu: &Qemu, limit: Duration) -> String {
+fn did_not_end(qemu: &mut Qemu, limit: Duration) -> String {
     let mut last = None;
     while let Some(line) = qemu.serial_line(Duration::ZERO) {
         last = Some(line);
     }
-    let last = last.unwrap_or_else(|| "nothing".to_owned());
-    let limit = limit.as_secs();
-    format!("the guest did not end within {limit} s; the last it said: {last}")
+    format!(
+        "the guest did not end within {} s; the last it said: {}\nits CPUs:\n{}",
+        limit.as_secs(),
+        last.as_deref().unwrap_or("nothing"),
+        registers(qemu).unwrap_or_else(|why| format!("{why:#}"))
+    )
+}
+
+fn registers(qemu: &mut Qemu) -> Result<String> {
+    let command = json!({"command-line": "info registers -a"});
+    let answer = qemu.qmp.run("human-monitor-command", command)?;
+    Ok(answer.as_str().unwrap_or_default().to_owned())
 }
 
 /// Ends QEMU; everything that the guest has said must be a complete report of success, and its exit

@@ -76,8 +76,6 @@ pub(crate) fn start(
     let mut command = Command::new(program);
     command
         .args(CONNECTION)
-        .args(["-d", "cpu_reset", "-D"])
-        .arg(log.join("resets"))
         .args(arguments)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::piped())
@@ -176,17 +174,6 @@ impl Qemu {
             }
             thread::sleep(POLL);
         }
-    }
-
-    /// Where the CPUs were when they were reset last: lines of QEMU's register dump.
-    pub(crate) fn last_reset(&self) -> String {
-        let text = fs::read(self.log.join("resets")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let start = text.rfind("CPU Reset (CPU 0)").unwrap_or(0);
-        let wanted = ["CPU Reset", "RIP=", "EIP=", "CR0=", "RSP=", "EAX=", "ESI="];
-        let wanted = |line: &&str| wanted.iter().any(|begin| line.starts_with(begin));
-        let lines: Vec<&str> = text[start..].lines().filter(wanted).collect();
-        lines.join("\n")
     }
 
     fn stderr(&self) -> String {

@@ -13,34 +13,30 @@ use crate::query;
 use crate::strict::Strict;
 use crate::vm::{Scenario, Vm};
 
-/// Calls and touches in every run of the tests.
-const COUNT: u64 = 100_000;
-/// And with `--full`.
-const FULL_COUNT: u64 = 1_000_000;
-
 /// What QEMU and the kernel may need on top of guest RAM.
 const OVERHEAD: u64 = 16 << 20;
 
-/// For the long one.
-const LIMIT: Duration = Duration::from_secs(1800);
-
 pub(super) fn tests() -> Vec<Test> {
     let needs = &[Need::PrivateMemory, Need::StrictMode];
-    let test = |name: &str, count| {
+    let test = |name: &str, count, limit| {
         Test::new(format!("hostile/{name}"), needs, move |context| {
-            hostile(context, count)
+            hostile(context, count, Duration::from_secs(limit))
         })
     };
-    vec![test("1e5", COUNT), test("1e6", FULL_COUNT).only_in_full()]
+    vec![
+        test("1e5", 100_000, 300),
+        test("1e6", 1_000_000, 1800).only_in_full(),
+    ]
 }
 
-fn hostile(context: &Context, count: u64) -> Result<()> {
+/// `count` calls and touches.
+fn hostile(context: &Context, count: u64, limit: Duration) -> Result<()> {
     let _strict = Strict::on()?;
-    let words = format!("count={count} timeout={}", LIMIT.as_secs());
+    let words = format!("count={count} timeout={}", limit.as_secs());
     let vm = Vm::conformance(&context.files, Scenario::Hostile, true, SIZE, 2).with_words(&words);
     let mut qemu = context.start(&vm)?;
     let before = (Holdings::of(qemu.pid())?, memory::kernel_bytes()?);
-    guest::run(&mut qemu, LIMIT)?;
+    guest::run(&mut qemu, limit)?;
     let after = (Holdings::of(qemu.pid())?, memory::kernel_bytes()?);
     println!("# before {before:?}, after {after:?}");
     ensure!(

@@ -23,7 +23,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use crate::guest::UnexpectedReset;
 use crate::probe::{Machine, Need};
 use crate::qemu::{self, Ended, Qemu, Started};
 use crate::vm::{Files, Size, Vm};
@@ -185,15 +184,6 @@ pub(crate) fn run(options: &Options) -> bool {
     good
 }
 
-/// How often a test is tried again whose guest the emulated CPU may have reset.
-const MORE_TRIES: usize = 4;
-
-/// In the lab, the emulated CPU sometimes enters level 2 with nested paging off, which ends in a
-/// triple fault at once and happens to any guest on any backend.
-fn emulator_may_have_failed(why: &anyhow::Error, machine: &Machine) -> bool {
-    why.chain().any(|cause| cause.is::<UnexpectedReset>()) && is_lab(machine)
-}
-
 /// Only the lab's kernel has strict mode.
 fn is_lab(machine: &Machine) -> bool {
     machine.lacks(Need::StrictMode).is_none()
@@ -215,17 +205,7 @@ fn report(number: usize, test: &Test, machine: &Machine, options: &Options) -> b
         log: options.out.join(name.replace('/', "-")),
     };
     let start = Instant::now();
-    let run = || empty_folder(&context.log).and_then(|()| (test.run)(&context));
-    let mut result = run();
-    for _ in 0..MORE_TRIES {
-        let Err(why) = &result else { break };
-        if !emulator_may_have_failed(why, machine) {
-            break;
-        }
-        let why = format!("{why:#}").replace('\n', " / ");
-        println!("# tried again (known trouble, docs/lab.md): {name}: {why}");
-        result = run();
-    }
+    let result = empty_folder(&context.log).and_then(|()| (test.run)(&context));
     let seconds = start.elapsed().as_secs_f32();
     match &result {
         Ok(()) => println!("ok {number} - {name}"),

@@ -20,7 +20,7 @@ use crate::vm::{Scenario, Vm};
 const WARM_UP: usize = 4;
 
 /// Anonymous memory comes and goes a little, with threads' heaps.
-const NOISE: u64 = 4 << 20;
+const NOISE: u64 = 1 << 20;
 
 pub(super) fn tests() -> Vec<Test> {
     let test = |name: &str, machine: &'static str, resets, runs| {
@@ -33,7 +33,7 @@ pub(super) fn tests() -> Vec<Test> {
     let new_file = ",x-change-vmfd-on-reset=on";
     vec![
         test("same-vm-file", "", 100, 2),
-        test("new-vm-file", new_file, 12, 2).only_in_full(),
+        test("new-vm-file", new_file, 12, 2),
         test("long-same-vm-file", "", 100, 25).only_in_full(),
         test("long-new-vm-file", new_file, 100, 5).only_in_full(),
     ]

@@ -214,10 +214,9 @@ fn ended(qemu: &mut Qemu, limit: Duration) -> Result<bool> {
         None => Ok(false),
         Some(event) if event.data["reason"] == "guest-shutdown" => Ok(true),
         Some(event) => bail!(
-            "the guest did not end itself: {}, {}\n{}",
+            "the guest did not end itself: {}, {}",
             event.name,
-            event.data,
-            qemu.last_reset()
+            event.data
         ),
     }
 }
