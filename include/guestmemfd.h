@@ -23,7 +23,7 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 3
+#define GUESTMEMFD_ABI 4
 
 /**
  * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
@@ -116,6 +116,11 @@ typedef struct guestmemfd_backend_config {
      */
     guestmemfd_prefault prefault;
     /**
+     * How many milliseconds a request waits for pages that are to become private but are pinned; 0
+     * stands for a second.
+     */
+    uint32_t convert_timeout;
+    /**
      * Passed to guestmemfd_callbacks.populate and discard.
      */
     void *opaque;
@@ -200,6 +205,10 @@ typedef struct guestmemfd_stats {
      * Requests that were refused.
      */
     uint64_t refused;
+    /**
+     * Requests that waited for pinned pages.
+     */
+    uint64_t waits;
     /**
      * Bytes whose hole is still to be punched.
      */
@@ -374,6 +383,25 @@ int32_t guestmemfd_backend_discard(struct guestmemfd_backend *backend,
 bool guestmemfd_backend_is_populated(const struct guestmemfd_backend *backend,
                                      uint64_t offset,
                                      uint64_t size);
+
+/**
+ * Lets the host use these bytes until guestmemfd_backend_unpin(): none of their pages becomes
+ * private meanwhile. -EACCES if one is private, or just being converted. Takes no lock that is held
+ * for long, and never waits. No alignment is needed.
+ */
+int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
+                               uint64_t offset,
+                               uint64_t size,
+                               struct guestmemfd_error *error);
+
+/**
+ * Takes back guestmemfd_backend_pin() for the same bytes, or a part of them. -EINVAL, and nothing is
+ * done, if a page of them is not pinned.
+ */
+int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
+                                 uint64_t offset,
+                                 uint64_t size,
+                                 struct guestmemfd_error *error);
 
 /**
  * Bytes per state and counters, without a scan.

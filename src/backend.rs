@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -12,6 +13,7 @@ use crate::backing::{Backing, Mode, ViewFile};
 use crate::error::{Error, Result};
 use crate::lazy::{Chunk, Reach};
 use crate::page_set::PageSet;
+use crate::pins::{Closed, Pins};
 use crate::state::{PageState, PageStates, View};
 use crate::worker::Queued;
 
@@ -56,6 +58,9 @@ impl Prefault {
     }
 }
 
+/// How long a conversion to private waits for the host unless told otherwise.
+pub const DEFAULT_CONVERT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What a backend is to be.
 #[derive(Clone, Debug)]
 pub struct BackendConfig {
@@ -76,6 +81,8 @@ pub struct BackendConfig {
     pub lazy: Option<Chunk>,
     /// Whether pages that have become private are allocated at once.
     pub prefault: Prefault,
+    /// How long a conversion to private waits for pages that the host uses.
+    pub convert_timeout: Duration,
     /// A number of the user's, for its listener.
     pub tag: usize,
 }
@@ -87,6 +94,10 @@ pub struct Backend {
     config: BackendConfig,
     pages: FilePages,
     pub(crate) states: Mutex<PageStates>,
+    /// Of the states, for those who take no lock.
+    closed: Closed,
+    pub(crate) pins: Pins,
+    mode: Mode,
     backing: Mutex<Arc<Backing>>,
     /// Pages that are still allocated in a view that they have left.
     unpunched: Mutex<Unpunched>,
@@ -141,6 +152,7 @@ pub(crate) struct Counters {
     pub(crate) faults: ByView,
     pub(crate) hypercalls: AtomicU64,
     pub(crate) refused: AtomicU64,
+    pub(crate) waits: AtomicU64,
 }
 
 /// What a backend holds and has done.
@@ -168,6 +180,8 @@ pub struct BackendStats {
     pub hypercalls: u64,
     /// Requests that were refused.
     pub refused: u64,
+    /// Requests that waited for pages that the host used.
+    pub waits: u64,
     /// Bytes whose hole is still to be punched.
     pub unpunched: u64,
 }
@@ -181,14 +195,18 @@ fn backlog_limit(size: u64) -> u64 {
 impl Backend {
     pub(crate) fn new(id: BackendId, config: BackendConfig, backing: Backing) -> Result<Self> {
         let pages = FilePages::from_bytes(0, config.size)?;
-        let states = PageStates::new(pages.count(), config.start).map_err(|_| Error::NoMemory {
+        let no_memory = || Error::NoMemory {
             backend: config.name.clone(),
             size: config.size,
-        })?;
+        };
+        let states = PageStates::new(pages.count(), config.start).map_err(|_| no_memory())?;
         Ok(Self {
             id,
             pages,
+            pins: Pins::new(pages.count()).ok_or_else(no_memory)?,
+            closed: states.closed(),
             states: Mutex::new(states),
+            mode: backing.mode(),
             reach: config.lazy.map(|chunk| Mutex::new(Reach::new(chunk))),
             config,
             backing: Mutex::new(Arc::new(backing)),
@@ -215,7 +233,7 @@ impl Backend {
 
     /// How it keeps its pages.
     pub fn mode(&self) -> Mode {
-        self.backing().mode()
+        self.mode
     }
 
     /// Can KVM slots carry its guest_memfd?
@@ -289,6 +307,38 @@ impl Backend {
             .all(|(_, state)| accepted(state))
     }
 
+    /// Lets the host use pages of the shared view until they are [unpinned](Backend::unpin): none of
+    /// them becomes private meanwhile. Refused if one is private, or just being converted. Never
+    /// waits.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn pin(&self, pages: FilePages) -> Result<()> {
+        self.pins.add(pages);
+        if self.closed.none_near(pages) || self.all_in(pages, PageState::host_may_use) {
+            return Ok(());
+        }
+        self.pins.remove(pages);
+        Err(Error::NotShared {
+            backend: self.config.name.clone(),
+            pages,
+        })
+    }
+
+    /// Takes back what [`Backend::pin`] has granted for the same pages, or a part of them.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn unpin(&self, pages: FilePages) -> Result<()> {
+        match self.pins.remove(pages) {
+            true => Ok(()),
+            false => Err(Error::NotPinned {
+                backend: self.config.name.clone(),
+                pages,
+            }),
+        }
+    }
+
     /// Bytes per state and counters.
     pub fn stats(&self) -> BackendStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -310,6 +360,7 @@ impl Backend {
             faults_private: get(&counters.faults.private),
             hypercalls: get(&counters.hypercalls),
             refused: get(&counters.refused),
+            waits: get(&counters.waits),
             unpunched: self.unpunched_bytes(),
         }
     }
@@ -416,7 +467,12 @@ impl Backend {
             shared: shared.clone(),
         });
         drop(backing);
-        self.states.lock().set_all(self.config.start);
+        let mut states = self.states.lock();
+        let runs: Vec<_> = states.runs(self.pages).collect();
+        for (run, state) in runs {
+            states.set_run(run, state, self.config.start);
+        }
+        drop(states);
         *self.unpunched.lock() = Unpunched::default();
         *self.unsure.lock() = PageSet::default();
     }

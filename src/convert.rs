@@ -2,13 +2,15 @@
 
 //! Conversions: moving pages from one view to the other, and discarding both.
 //!
-//! To private: listeners let go, the attribute is set, the shared view is punched. To shared: the
+//! To private: once the host has no pins, listeners let go, the attribute is set, the shared view is punched. To shared: the
 //! attribute is cleared, listeners are told, the private view is punched. So the host's mappings go
 //! before a page becomes private and come after it is shared. A request takes effect as a whole or
 //! not at all; only the hole of a view that has been left may be punched later, before that view is
 //! exposed again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use crate::addr::{Few, FilePages, GuestPages};
 use crate::backend::{Backend, BackendId, Discard};
@@ -17,6 +19,7 @@ use crate::claim::Claim;
 use crate::error::{Error, Result};
 use crate::listener::{Level, Told};
 use crate::moves::{Moves, Run};
+use crate::pins::Waited;
 use crate::state::{PageState, View};
 use crate::vm::Vm;
 use crate::window::{Part, Window};
@@ -38,12 +41,21 @@ struct Claimed<'a> {
     _claim: Claim<'a>,
 }
 
+/// How a try has ended.
+enum Tried {
+    /// So many pages have changed.
+    Done(u64),
+    /// The host uses these pages. Nothing has changed.
+    Pinned(Run),
+}
+
 impl Vm {
     /// Makes the pages of a range of guest physical space private or shared. Returns how many pages
     /// have changed.
     ///
-    /// Parts that no backend owns take part if the listener says so. On an error nothing has
-    /// changed.
+    /// Parts that no backend owns take part if the listener says so. Pages that become private are
+    /// waited for while the host uses them, as long as their backend's configuration says. On an
+    /// error nothing has changed.
     pub fn convert(&self, guest: GuestPages, to: View) -> Result<u64> {
         self.convert_with(guest, to, Neighbours::Stay)
     }
@@ -57,6 +69,16 @@ impl Vm {
         if self.is_already(guest, to) {
             return Ok(0);
         }
+        let start = Instant::now();
+        loop {
+            match self.try_convert(guest, to, neighbours)? {
+                Tried::Done(pages) => return Ok(pages),
+                Tried::Pinned(pinned) => self.wait_for_pins(guest, &pinned, start)?,
+            }
+        }
+    }
+
+    fn try_convert(&self, guest: GuestPages, to: View, neighbours: Neighbours) -> Result<Tried> {
         let told = Told::begin(self.listener.as_ref());
         let claimed = self.claim_windows(guest, to, neighbours)?;
         for (backend, pages) in claimed.windows.iter().chain(&claimed.along) {
@@ -65,19 +87,42 @@ impl Vm {
         let mut moves = Moves::mark(&claimed.windows, |state| state != to.into());
         if moves.is_empty() {
             // Somebody else has moved them while this request waited.
-            return Ok(0);
+            return Ok(Tried::Done(0));
         }
         if let Some((backend, pages)) = &claimed.along {
             moves.mark_along(backend, *pages);
         }
         match to {
-            View::Private => self.to_private(&mut moves, &told)?,
+            View::Private => {
+                if let Some(pinned) = moves.first_pinned() {
+                    return Ok(Tried::Pinned(pinned));
+                }
+                self.to_private(&mut moves, &told)?;
+            }
             View::Shared => self.to_shared(&moves, &told)?,
         }
         let pages = moves.pages();
         moves.count(to);
         moves.finish(|_| to.into());
-        Ok(pages)
+        Ok(Tried::Done(pages))
+    }
+
+    /// Waits until the host has let go of pages, with no claim and none of the listener's locks held:
+    /// whoever lets go may need them.
+    fn wait_for_pins(&self, guest: GuestPages, pinned: &Run, start: Instant) -> Result<()> {
+        let Run { backend, pages } = pinned;
+        let timeout = backend.config().convert_timeout;
+        backend.counters.waits.fetch_add(1, Ordering::Relaxed);
+        let interrupted = || self.listener.interrupted();
+        match backend.pins.wait(*pages, start + timeout, interrupted) {
+            Waited::Unpinned => Ok(()),
+            Waited::Interrupted => Err(Error::Interrupted { guest }),
+            Waited::TimedOut => Err(Error::Pinned {
+                backend: backend.config().name.clone(),
+                pages: *pages,
+                timeout,
+            }),
+        }
     }
 
     /// Is all of the range in windows, and in that view? Costs no claim and no system call.

@@ -3,6 +3,7 @@
 //! What can go wrong, with the values a reader of the message needs.
 
 use std::io;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -52,6 +53,37 @@ pub enum Error {
         guest: GuestPages,
         /// Name of the backend.
         backend: String,
+    },
+
+    /// Pages were to become private, but the host went on using them.
+    #[error(
+        "cannot make {pages} of backend '{backend}' private: the host has used them for {timeout:?}"
+    )]
+    Pinned {
+        /// Name of the backend.
+        backend: String,
+        /// The first of the pages.
+        pages: FilePages,
+        /// How long the request has waited.
+        timeout: Duration,
+    },
+
+    /// The host was to use pages that are the guest's alone.
+    #[error("the host cannot use {pages} of backend '{backend}', which is not all shared")]
+    NotShared {
+        /// Name of the backend.
+        backend: String,
+        /// What was asked for.
+        pages: FilePages,
+    },
+
+    /// Pages were to be unpinned more often than they had been pinned.
+    #[error("not all of {pages} of backend '{backend}' is pinned")]
+    NotPinned {
+        /// Name of the backend.
+        backend: String,
+        /// What was asked for.
+        pages: FilePages,
     },
 
     /// A wait for other conversions was interrupted.
@@ -209,7 +241,8 @@ impl Error {
             | Error::UnknownAttributes { .. }
             | Error::Unbound { .. }
             | Error::NeverPrivate { .. }
-            | Error::OutsideBackend { .. } => Errno::INVAL.raw_os_error(),
+            | Error::OutsideBackend { .. }
+            | Error::NotPinned { .. } => Errno::INVAL.raw_os_error(),
             Error::Interrupted { .. } => Errno::INTR.raw_os_error(),
             Error::Gap { source, .. }
             | Error::SetAttributes { source, .. }
@@ -225,7 +258,8 @@ impl Error {
             Error::Unsupported { .. } | Error::NoMode { .. } => Errno::OPNOTSUPP.raw_os_error(),
             Error::Overlap(_) => Errno::EXIST.raw_os_error(),
             Error::NoWindow { .. } => Errno::NOENT.raw_os_error(),
-            Error::InUse { .. } => Errno::BUSY.raw_os_error(),
+            Error::NotShared { .. } => Errno::ACCESS.raw_os_error(),
+            Error::InUse { .. } | Error::Pinned { .. } => Errno::BUSY.raw_os_error(),
         }
     }
 }

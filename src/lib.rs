@@ -26,6 +26,7 @@ pub mod listener;
 mod moves;
 pub mod owner;
 pub mod page_set;
+mod pins;
 pub mod request;
 pub mod state;
 mod sync;

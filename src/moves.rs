@@ -65,13 +65,36 @@ impl Moves {
     /// Marks those of some pages that nobody has decided; they go along.
     pub(crate) fn mark_along(&mut self, backend: &Arc<Backend>, pages: FilePages) {
         let mut along = PageSet::default();
-        for (run, _) in mark_runs(backend, pages, |state| state == PageState::Undecided) {
-            along.insert(run);
+        let marked = mark_runs(backend, pages, |state| state == PageState::Undecided);
+        for (run, _) in &marked {
+            along.insert(*run);
         }
         self.along = Some(Along {
             backend: backend.clone(),
             pages: along,
         });
+        for (run, _) in marked {
+            self.leave_pinned_behind(backend, run);
+        }
+    }
+
+    /// Pages that go along but are pinned are the host's, at least for now.
+    fn leave_pinned_behind(&mut self, backend: &Arc<Backend>, run: FilePages) {
+        let mut rest = Some(run);
+        while let Some(pages) = rest.and_then(|rest| backend.pins.first_in(rest)) {
+            let backend = backend.clone();
+            self.leave_behind(&[Run { backend, pages }], PageState::Undecided);
+            rest = FilePages::new(pages.end(), run.end());
+        }
+    }
+
+    /// The first of the pages that were asked for that the host uses.
+    pub(crate) fn first_pinned(&self) -> Option<Run> {
+        self.moves.iter().find_map(|(run, _)| {
+            let pages = run.backend.pins.first_in(run.pages)?;
+            let backend = run.backend.clone();
+            Some(Run { backend, pages })
+        })
     }
 
     /// Pages that go along.

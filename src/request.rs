@@ -60,6 +60,8 @@ impl Vm {
             Err(Error::Unbound { .. }) => self.convert(guest, View::Shared),
             // There may be memory for a single page.
             Err(Error::SetAttributes { .. }) => self.convert(guest, to),
+            // The guest touches it again, and waits again.
+            Err(Error::Pinned { .. }) => Ok(0),
             result => result,
         };
         let backend = self.backend_at(gpa);

@@ -14,6 +14,7 @@ use std::collections::TryReserveError;
 use bitvec::prelude::*;
 
 use crate::addr::FilePages;
+use crate::pins::Closed;
 
 /// One of the two views of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,29 +105,23 @@ pub struct PageStates {
     shared: BitVec<u64, Lsb0>,
     private: BitVec<u64, Lsb0>,
     counts: [u64; 4],
+    closed: Closed,
 }
 
 impl PageStates {
     /// States for `pages` pages that are all in state `initial`. Fails where there is no memory for
     /// the bitmaps.
     pub fn new(pages: u64, initial: PageState) -> Result<Self, TryReserveError> {
-        let (shared, private) = initial.bits();
         let mut states = Self {
-            shared: bitmap(pages, shared)?,
-            private: bitmap(pages, private)?,
-            counts: [0; 4],
+            shared: bitmap(pages)?,
+            private: bitmap(pages)?,
+            counts: [pages, 0, 0, 0],
+            closed: Closed::new(pages),
         };
-        states.counts[initial as usize] = pages;
+        if let Some(all) = FilePages::new(0, pages) {
+            states.set_run(all, PageState::Undecided, initial);
+        }
         Ok(states)
-    }
-
-    /// All pages are in state `state` from now on.
-    pub fn set_all(&mut self, state: PageState) {
-        let (shared, private) = state.bits();
-        self.shared.fill(shared);
-        self.private.fill(private);
-        self.counts = [0; 4];
-        self.counts[state as usize] = self.pages();
     }
 
     /// Number of pages.
@@ -137,6 +132,11 @@ impl PageStates {
     /// Number of pages in a state, without a scan.
     pub fn count(&self, state: PageState) -> u64 {
         self.counts[state as usize]
+    }
+
+    /// Near which pages there are some that the host may not use; follows the states.
+    pub(crate) fn closed(&self) -> Closed {
+        self.closed.clone()
     }
 
     /// The state of one page.
@@ -167,6 +167,11 @@ impl PageStates {
         }
         self.counts[from as usize] -= run.count();
         self.counts[to as usize] += run.count();
+        match (from.host_may_use(), to.host_may_use()) {
+            (true, false) => self.closed.close(run),
+            (false, true) => self.closed.open(run),
+            _ => {}
+        }
     }
 
     /// The longest runs of one state that make up the range, in order.
@@ -212,7 +217,7 @@ fn flip_for(value: bool) -> u64 {
     if value { u64::MAX } else { 0 }
 }
 
-fn bitmap(bits: u64, value: bool) -> Result<BitVec<u64, Lsb0>, TryReserveError> {
+fn bitmap(bits: u64) -> Result<BitVec<u64, Lsb0>, TryReserveError> {
     // More than an address space has is more than can be reserved.
     let bits = usize::try_from(bits).unwrap_or(usize::MAX);
     let words = bits.div_ceil(64);
@@ -221,9 +226,6 @@ fn bitmap(bits: u64, value: bool) -> Result<BitVec<u64, Lsb0>, TryReserveError> 
     Vec::<u64>::new().try_reserve_exact(words)?;
     let mut bitmap = BitVec::from_vec(vec![0; words]);
     bitmap.truncate(bits);
-    if value {
-        bitmap.fill(true);
-    }
     Ok(bitmap)
 }
 
@@ -255,6 +257,10 @@ mod tests {
                     states.set_run(run, from, to);
                 }
                 model[range.start() as usize..range.end() as usize].fill(to);
+            }
+            for (page, state) in (0..).zip(&model) {
+                let page = FilePages::new(page, page + 1).unwrap();
+                prop_assert!(state.host_may_use() || !states.closed().none_near(page));
             }
             for state in PageState::ALL {
                 let expected = model.iter().filter(|s| **s == state).count() as u64;

@@ -236,6 +236,7 @@ impl Machine {
             start,
             lazy,
             prefault: Prefault::Small,
+            convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
             tag: 0,
         };
         let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
@@ -658,6 +659,7 @@ fn lazy_attributes_need_pages_that_start_undecided() {
         start: PageState::Private,
         lazy: Some(lazy::Chunk::default()),
         prefault: Prefault::Off,
+        convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
         tag: 0,
     };
     let error = vm.create_backend(config).unwrap_err();

@@ -36,6 +36,7 @@ fn config(mode: Option<Mode>, bind: bool) -> BackendConfig {
         start: PageState::Undecided,
         lazy: Some(lazy::Chunk::default()),
         prefault: Prefault::Off,
+        convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
         tag: 0,
     }
 }

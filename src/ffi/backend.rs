@@ -2,12 +2,13 @@
 
 use std::ffi::CStr;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use super::error::guestmemfd_error;
 use super::types::*;
 use super::{Failure, Out, check_ref, guard, guard_value};
 use crate::addr::PAGE_SIZE;
-use crate::backend::{BackendConfig, Discard, Prefault};
+use crate::backend::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Prefault};
 use crate::backing::Mode;
 use crate::lazy::Chunk;
 use crate::state::{PageState, View};
@@ -80,6 +81,10 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
                     "unknown choice {other} of prefault"
                 )));
             }
+        },
+        convert_timeout: match config.convert_timeout {
+            0 => DEFAULT_CONVERT_TIMEOUT,
+            milliseconds => Duration::from_millis(milliseconds.into()),
         },
         tag: config.opaque.expose_provenance(),
     })
@@ -177,6 +182,37 @@ pub unsafe extern "C" fn guestmemfd_backend_is_populated(
     })
 }
 
+/// Lets the host use these bytes until guestmemfd_backend_unpin(): none of their pages becomes
+/// private meanwhile. -EACCES if one is private, or just being converted. Takes no lock that is held
+/// for long, and never waits. No alignment is needed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_pin(
+    backend: *const guestmemfd_backend,
+    offset: u64,
+    size: u64,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || {
+        let backend = &check_ref(backend, "backend")?.backend;
+        Ok(backend.pin(backend.pages_covering(offset, size)?)?)
+    })
+}
+
+/// Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and nothing is done, if a page of
+/// them is not pinned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_unpin(
+    backend: *const guestmemfd_backend,
+    offset: u64,
+    size: u64,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || {
+        let backend = &check_ref(backend, "backend")?.backend;
+        Ok(backend.unpin(backend.pages_covering(offset, size)?)?)
+    })
+}
+
 /// Bytes per state and counters, without a scan.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_stats(
@@ -204,6 +240,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             faults_private: stats.faults_private,
             faults_shared: stats.faults_shared,
             refused: stats.refused,
+            waits: stats.waits,
             unpunched_bytes: stats.unpunched,
             mode: mode_number(backend.mode()),
             discard: discard_number(backend.config().discard),

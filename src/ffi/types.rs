@@ -8,7 +8,7 @@ use crate::backing::Mode;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 3;
+pub const GUESTMEMFD_ABI: u32 = 4;
 
 /// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
 /// cannot carry a guest_memfd.
@@ -88,6 +88,9 @@ pub struct guestmemfd_backend_config {
     pub lazy_chunk: u64,
     /// Whether pages that have become private are allocated at once.
     pub prefault: guestmemfd_prefault,
+    /// How many milliseconds a request waits for pages that are to become private but are pinned; 0
+    /// stands for a second.
+    pub convert_timeout: u32,
     /// Passed to guestmemfd_callbacks.populate and discard.
     pub opaque: *mut c_void,
 }
@@ -126,6 +129,8 @@ pub struct guestmemfd_stats {
     pub faults_shared: u64,
     /// Requests that were refused.
     pub refused: u64,
+    /// Requests that waited for pinned pages.
+    pub waits: u64,
     /// Bytes whose hole is still to be punched.
     pub unpunched_bytes: u64,
     /// How the backend keeps its pages; never GUESTMEMFD_MODE_AUTO.
