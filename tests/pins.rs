@@ -2,6 +2,8 @@
 
 //! Pins against conversions.
 
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

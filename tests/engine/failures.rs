@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! A request takes effect as a whole or not at all, whichever call fails.
+
+use std::sync::atomic::Ordering;
+
+use guestmemfd::*;
+use proptest::prelude::*;
+
+use crate::machine::*;
+use crate::request::*;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Each request runs with its n-th call failing (0: none). Either all of it takes effect, with
+    /// pages that changed views empty, or none of it, with all data where it was.
+    #[test]
+    fn a_request_takes_effect_as_a_whole_or_not_at_all(
+        discard in prop_oneof![Just(Discard::Now), Just(Discard::Coalesced)],
+        requests in prop::collection::vec((request(), 0u64..8), 1..25),
+    ) {
+        let machine = Machine::with(discard, PageState::Undecided);
+        for (request, nth) in requests {
+            let before = machine.states();
+            let data = machine.fill();
+            let expected = expect(&before, &request);
+            machine.fault.arm(nth);
+            let result = match &request {
+                Request::Convert(guest, to) => machine.vm.convert(*guest, *to).map(|_| ()),
+                Request::Discard(pages) => machine.vm.discard(&machine.backend, *pages),
+            };
+            let hit = nth != 0 && machine.fault.left() == 0;
+            machine.fault.arm(0);
+            if discard == Discard::Coalesced {
+                machine.vm.drain().unwrap();
+            }
+            machine.check_invariants();
+            let after = machine.states();
+            let exposed = machine.exposed();
+            match result {
+                Ok(()) => {
+                    prop_assert_eq!(Some(&after), expected.as_ref());
+                    for page in 0..PAGES as usize {
+                        let stays = before[page].host_may_use() == after[page].host_may_use();
+                        let discarded = matches!(&request, Request::Discard(p) if p.contains(page as u64));
+                        let byte = if stays && !discarded { data[page] } else { 0 };
+                        prop_assert_eq!(exposed[page], byte, "page {}", page);
+                    }
+                }
+                Err(error) => {
+                    prop_assert!(hit || expected.is_none(), "{} though nothing failed", error);
+                    prop_assert_eq!(&after, &before);
+                    if let Request::Convert(..) = request {
+                        prop_assert_eq!(exposed, data);
+                    }
+                }
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// While the kernel refuses everything from some call on, even taking back can fail. Once it
+    /// serves again, the next conversion of the pages puts them right.
+    #[test]
+    fn after_lasting_failures_the_next_conversion_puts_things_right(
+        requests in prop::collection::vec((request(), 0u64..8), 1..12),
+    ) {
+        let machine = Machine::new();
+        for (request, nth) in requests {
+            machine.fault.arm_lasting(nth);
+            // Its answer is the other test's matter.
+            let _ = match &request {
+                Request::Convert(guest, to) => machine.vm.convert(*guest, *to).map(|_| ()),
+                Request::Discard(pages) => machine.vm.discard(&machine.backend, *pages),
+            };
+            machine.fault.arm(0);
+            prop_assert!(machine.states().iter().all(|s| *s != PageState::Transition));
+            machine.forgive_listener();
+        }
+        for to in [View::Private, View::Shared] {
+            for range in [guest(LOW, LOW + 16), guest(HIGH, HIGH + 8)] {
+                machine.vm.convert(range, to).unwrap();
+            }
+            machine.check_invariants();
+        }
+        prop_assert!(machine.exposed().iter().all(|byte| *byte == 0));
+        prop_assert_eq!(machine.backend.stats().unpunched, 0);
+    }
+}
+
+/// What guest and host do to memory with lazy attributes.
+
+#[test]
+fn what_a_device_wrote_before_the_pages_were_taken_back_is_not_kept() {
+    let machine = Machine::new();
+    for range in [guest(2, 4), guest(6, 8)] {
+        machine.vm.convert(range, View::Private).unwrap();
+    }
+    machine.mapper.writes.store(true, Ordering::SeqCst);
+    // Calls: two windows for each of two runs, then the listener, which refuses the second.
+    machine.fault.arm(6);
+    let error = machine.vm.convert(guest(2, 8), View::Shared).unwrap_err();
+    assert!(matches!(error, Error::Listener { .. }), "{error}");
+    machine.check_invariants();
+}
+
+#[test]
+fn a_listener_that_panics_leaves_pages_as_they_were() {
+    let machine = Machine::new();
+    machine.mapper.mapped.lock()[3] = false;
+    let convert = || machine.vm.convert(guest(3, 4), View::Private);
+    // The listener finds that it was told a lie.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(convert)).unwrap_err();
+    assert_eq!(machine.states()[3], PageState::Undecided);
+    machine.mapper.mapped.lock()[3] = true;
+    convert().unwrap();
+}
+
+#[test]
+fn what_is_so_already_costs_no_call() {
+    let machine = Machine::new();
+    let low = guest(LOW, LOW + 16);
+    assert_eq!(machine.vm.convert(low, View::Private).unwrap(), 16);
+    machine.fault.arm(1);
+    assert_eq!(machine.vm.convert(low, View::Private).unwrap(), 0);
+    assert_eq!(machine.fault.left(), 1, "nothing was called");
+}
+
+#[test]
+fn a_hole_that_could_not_be_punched_is_punched_before_the_view_is_seen_again() {
+    let machine = Machine::new();
+    let page = guest(20, 21);
+    machine.write(View::Shared, 16, 7);
+    // Calls: one attribute, then the punch.
+    machine.fault.arm(2);
+    machine.vm.convert(page, View::Private).unwrap();
+    assert_eq!(machine.backend.stats().unpunched, PAGE_SIZE);
+    assert_eq!(machine.read(View::Shared, 16), 7);
+
+    machine.fault.arm(1);
+    machine.vm.convert(page, View::Shared).unwrap_err();
+    assert_eq!(machine.states()[16], PageState::Private);
+
+    machine.fault.arm(0);
+    machine.vm.convert(page, View::Shared).unwrap();
+    assert_eq!(machine.read(View::Shared, 16), 0);
+    assert_eq!(machine.backend.stats().unpunched, 0);
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Calls that fail when they are told to.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::*;
+use rustix::io::Errno;
+
+/// Lets calls fail.
+#[derive(Debug, Default)]
+pub(crate) struct Fault {
+    /// The n-th call from now fails; 0: none does.
+    pub(crate) nth: AtomicU64,
+    /// All after it fail too.
+    pub(crate) lasting: AtomicBool,
+    pub(crate) slow: AtomicBool,
+}
+
+impl Fault {
+    pub(crate) fn arm(&self, nth: u64) {
+        self.nth.store(nth, Ordering::SeqCst);
+        self.lasting.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn arm_lasting(&self, nth: u64) {
+        self.arm(nth);
+        self.lasting.store(true, Ordering::SeqCst);
+    }
+
+    /// Calls until the next failure; 0 once it has happened.
+    pub(crate) fn left(&self) -> u64 {
+        self.nth.load(Ordering::SeqCst)
+    }
+
+    /// Every call takes long enough for other threads to get in between.
+    pub(crate) fn slow_down(&self) {
+        self.slow.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn call(&self) -> io::Result<()> {
+        if self.slow.load(Ordering::SeqCst) {
+            std::thread::sleep(std::time::Duration::from_micros(50));
+        }
+        match self.left() {
+            0 => Ok(()),
+            1 => {
+                if !self.lasting.load(Ordering::SeqCst) {
+                    self.nth.store(0, Ordering::SeqCst);
+                }
+                Err(Errno::NOMEM.into())
+            }
+            left => {
+                self.nth.store(left - 1, Ordering::SeqCst);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct FaultyOwner(pub(crate) Arc<SoftwareOwner>, pub(crate) Arc<Fault>);
+
+impl Owner for FaultyOwner {
+    fn check_private_memory(&self) -> Result<()> {
+        self.0.check_private_memory()
+    }
+
+    fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        self.1.call()?;
+        let file = self.0.create_private_file(bytes)?;
+        Ok(Arc::new(FaultyFile(file, self.1.clone())))
+    }
+
+    fn check_mapped_memory(&self) -> Result<()> {
+        self.0.check_mapped_memory()
+    }
+
+    fn create_mapped_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
+        self.0.create_mapped_file(bytes)
+    }
+
+    fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {
+        self.1.call()?;
+        self.0.set_attributes(guest, view)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct FaultyFile(pub(crate) Arc<dyn ViewFile>, pub(crate) Arc<Fault>);
+
+impl ViewFile for FaultyFile {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+
+    fn punch_hole(&self, pages: FilePages) -> io::Result<()> {
+        self.1.call()?;
+        self.0.punch_hole(pages)
+    }
+
+    fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
+        self.1.call()?;
+        self.0.first_data(pages)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.0.allocated()
+    }
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Windows, the states that pages start in, and new owners.
+
+use std::sync::Arc;
+
+use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::*;
+
+use crate::fault::*;
+use crate::machine::*;
+
+#[test]
+fn pages_that_start_private_have_their_attributes_and_no_host_mapping() {
+    let machine = Machine::with(Discard::Now, PageState::Private);
+    machine.check_invariants();
+    assert!(!machine.vm.is_populated(&machine.backend, file(3, 4)));
+    machine.vm.convert(guest(3, 4), View::Shared).unwrap();
+    assert!(machine.vm.is_populated(&machine.backend, file(3, 4)));
+    machine.check_invariants();
+}
+
+#[test]
+fn windows_bring_attributes_with_them() {
+    let machine = Machine::new();
+    let low = guest(LOW, LOW + 16);
+    machine.vm.convert(guest(2, 4), View::Private).unwrap();
+    machine.vm.remove_window(low).unwrap();
+    assert_eq!(machine.owner.view(2), View::Private, "until the commit");
+    // Back at once: no call.
+    machine.fault.arm(1);
+    assert!(
+        machine
+            .vm
+            .add_window(&machine.backend, low, 0, true)
+            .unwrap()
+    );
+    machine.vm.clear_stale_windows().unwrap();
+    assert_eq!(machine.fault.left(), 1, "nothing was called");
+    machine.check_invariants();
+
+    machine.vm.remove_window(low).unwrap();
+    machine.vm.clear_stale_windows().unwrap_err();
+    assert_eq!(machine.owner.view(2), View::Private, "the call has failed");
+    machine.vm.clear_stale_windows().unwrap();
+    assert_eq!(machine.owner.view(2), View::Shared);
+    let elsewhere = guest(200, 216);
+    machine
+        .vm
+        .add_window(&machine.backend, elsewhere, 0, true)
+        .unwrap();
+    assert_eq!(machine.owner.view(202), View::Private);
+}
+
+#[test]
+fn a_window_whose_attributes_cannot_be_set_is_not_added() {
+    let machine = Machine::new();
+    machine.vm.convert(guest(2, 4), View::Private).unwrap();
+    let other = guest(300, 316);
+    machine.fault.arm(1);
+    let error = machine
+        .vm
+        .add_window(&machine.backend, other, 0, false)
+        .unwrap_err();
+    assert!(matches!(error, Error::SetAttributes { .. }), "{error}");
+    assert!(!machine.vm.owns(other));
+    machine.check_invariants();
+
+    machine
+        .vm
+        .add_window(&machine.backend, other, 0, false)
+        .unwrap();
+    assert_eq!(machine.owner.view(302), View::Private);
+    machine.check_invariants();
+}
+
+#[test]
+fn under_a_new_owner_private_memory_is_gone_and_shared_memory_survives() {
+    let machine = Machine::new();
+    machine.vm.convert(guest(0, 8), View::Private).unwrap();
+    let before = machine.fill();
+    let owner = Arc::new(SoftwareOwner::default());
+    let owner = || Arc::new(FaultyOwner(owner.clone(), machine.fault.clone()));
+    machine.vm.rebind(owner()).unwrap_err();
+    for window in [guest(0, 16), guest(20, 28), guest(100, 108)] {
+        machine.vm.remove_window(window).unwrap();
+    }
+    machine.fault.arm(1);
+    machine.vm.rebind(owner()).unwrap_err();
+    assert_eq!(machine.states()[0], PageState::Private);
+    machine.vm.rebind(owner()).unwrap();
+    assert!(machine.states().iter().all(|s| *s == PageState::Undecided));
+    assert!(machine.mapper.mapped.lock().iter().all(|mapped| *mapped));
+    assert!((0..PAGES).all(|page| machine.is_hole(View::Private, page)));
+    let after = machine.exposed();
+    assert!(after[..8].iter().all(|byte| *byte == 0));
+    assert_eq!(after[8..], before[8..]);
+}
+
+#[test]
+fn under_a_new_owner_pages_that_start_private_start_empty() {
+    let machine = Machine::with(Discard::Now, PageState::Private);
+    machine.vm.convert(guest(0, 8), View::Shared).unwrap();
+    machine.fill();
+    for window in [guest(0, 16), guest(20, 28), guest(100, 108)] {
+        machine.vm.remove_window(window).unwrap();
+    }
+    machine
+        .vm
+        .rebind(Arc::new(SoftwareOwner::default()))
+        .unwrap();
+    assert!(machine.states().iter().all(|s| *s == PageState::Private));
+    assert!(!machine.mapper.mapped.lock().iter().any(|mapped| *mapped));
+    for view in [View::Shared, View::Private] {
+        assert!((0..PAGES).all(|page| machine.is_hole(view, page)));
+    }
+}

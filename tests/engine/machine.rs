@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! A VM without a hypervisor, and what must hold in it.
+
+use std::sync::Arc;
+
+use guestmemfd::backing::KernelFile;
+use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::*;
+use rustix::fs::SeekFrom;
+
+use crate::fault::{Fault, FaultyFile, FaultyOwner};
+use crate::mapper::{Mapper, MapperHandle};
+
+pub(crate) const PAGES: u64 = 24;
+/// The guest sees pages 0..16 here, 16..24 after a gap, and 0..8 a second time, unbound.
+pub(crate) const LOW: u64 = 0;
+pub(crate) const HIGH: u64 = 20;
+pub(crate) const ALIAS: u64 = 100;
+
+pub(crate) struct Machine {
+    pub(crate) vm: Vm,
+    pub(crate) backend: Arc<Backend>,
+    pub(crate) owner: Arc<SoftwareOwner>,
+    pub(crate) mapper: Arc<Mapper>,
+    pub(crate) fault: Arc<Fault>,
+}
+
+pub(crate) fn guest(start: u64, end: u64) -> GuestPages {
+    GuestPages::new(start, end).unwrap()
+}
+
+pub(crate) fn file(start: u64, end: u64) -> FilePages {
+    FilePages::new(start, end).unwrap()
+}
+
+impl Machine {
+    pub(crate) fn new() -> Self {
+        Self::with(Discard::Now, PageState::Undecided)
+    }
+
+    pub(crate) fn with(discard: Discard, start: PageState) -> Self {
+        Self::build(discard, start, None)
+    }
+
+    /// Lazy attributes in chunks of eight pages.
+    pub(crate) fn lazy(discard: Discard) -> Self {
+        let chunk = lazy::Chunk::from_bytes(8 * PAGE_SIZE);
+        Self::build(discard, PageState::Undecided, chunk)
+    }
+
+    pub(crate) fn build(discard: Discard, start: PageState, lazy: Option<lazy::Chunk>) -> Self {
+        let fault = Arc::new(Fault::default());
+        let owner = Arc::new(SoftwareOwner::default());
+        let mapper = Arc::new(Mapper {
+            mapped: parking_lot::Mutex::new(vec![start.host_may_use(); PAGES as usize]),
+            fault: fault.clone(),
+            ..Mapper::default()
+        });
+        let vm = Vm::new(
+            Arc::new(FaultyOwner(owner.clone(), fault.clone())),
+            Box::new(MapperHandle(mapper.clone())),
+        );
+        let config = BackendConfig {
+            name: "ram".into(),
+            size: PAGES * PAGE_SIZE,
+            mode: None,
+            bind: false,
+            discard,
+            start,
+            lazy,
+            prefault: Prefault::Small,
+            convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
+            tag: 0,
+        };
+        let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
+        let shared = Arc::new(FaultyFile(shared, fault.clone()));
+        let backend = vm.create_backend_over(config, shared).unwrap();
+        assert!(
+            vm.add_window(&backend, guest(LOW, LOW + 16), 0, true)
+                .unwrap()
+        );
+        assert!(
+            vm.add_window(&backend, guest(HIGH, HIGH + 8), 16 * PAGE_SIZE, true)
+                .unwrap()
+        );
+        assert!(
+            !vm.add_window(&backend, guest(ALIAS, ALIAS + 8), 0, true)
+                .unwrap()
+        );
+        Self {
+            vm,
+            backend,
+            owner,
+            mapper,
+            fault,
+        }
+    }
+
+    pub(crate) fn write(&self, view: View, page: u64, byte: u8) {
+        let data = [byte; PAGE_SIZE as usize];
+        let backing = self.backend.backing();
+        rustix::io::pwrite(backing.file(view).fd(), &data, page * PAGE_SIZE).unwrap();
+    }
+
+    pub(crate) fn read(&self, view: View, page: u64) -> u8 {
+        let mut data = [0xff; PAGE_SIZE as usize];
+        let backing = self.backend.backing();
+        rustix::io::pread(backing.file(view).fd(), &mut data, page * PAGE_SIZE).unwrap();
+        assert!(data.iter().all(|byte| *byte == data[0]));
+        data[0]
+    }
+
+    pub(crate) fn is_hole(&self, view: View, page: u64) -> bool {
+        let backing = self.backend.backing();
+        let data = rustix::fs::seek(backing.file(view).fd(), SeekFrom::Data(page * PAGE_SIZE));
+        data.map_or(true, |at| at / PAGE_SIZE != page)
+    }
+
+    pub(crate) fn states(&self) -> Vec<PageState> {
+        let mut states = Vec::new();
+        for (run, state) in self.backend.state_runs(self.backend.pages()) {
+            states.extend((run.start()..run.end()).map(|_| state));
+        }
+        states
+    }
+
+    /// What must hold between requests, whatever has failed.
+    pub(crate) fn check_invariants(&self) {
+        let mut unpunched = 0;
+        let states = self.states();
+        for (page, state) in (0..).zip(&states) {
+            assert_ne!(*state, PageState::Transition);
+            let view = match state {
+                PageState::Private => View::Private,
+                _ => View::Shared,
+            };
+            let bound = if page < 16 {
+                LOW + page
+            } else {
+                HIGH + page - 16
+            };
+            assert_eq!(self.owner.view(bound), view, "attribute of page {page}");
+            if page < 8 {
+                assert_eq!(self.owner.view(ALIAS + page), view, "alias of page {page}");
+            }
+            assert_eq!(
+                self.mapper.mapped.lock()[page as usize],
+                state.host_may_use(),
+                "mapping of page {page}"
+            );
+            if !self.is_hole(view.other(), page) {
+                unpunched += 1;
+            }
+        }
+        let stats = self.backend.stats();
+        // More may be on record: a page that was a hole anyway.
+        assert!(stats.unpunched >= unpunched * PAGE_SIZE);
+        for (state, bytes) in PageState::ALL.iter().zip(stats.state_bytes) {
+            let count = states.iter().filter(|s| *s == state).count() as u64;
+            assert_eq!(bytes, count * PAGE_SIZE);
+        }
+    }
+
+    /// A listener that could not map pages again is not told to let go either.
+    pub(crate) fn forgive_listener(&self) {
+        let mut mapped = self.mapper.mapped.lock();
+        for (mapped, state) in mapped.iter_mut().zip(self.states()) {
+            *mapped = state.host_may_use();
+        }
+    }
+
+    /// The view that is exposed, per page, filled with a pattern of its own.
+    pub(crate) fn fill(&self) -> Vec<u8> {
+        (0..)
+            .zip(self.states())
+            .map(|(page, state)| {
+                let (view, byte) = match state {
+                    PageState::Private => (View::Private, 0x80 | page as u8),
+                    _ => (View::Shared, 1 + page as u8),
+                };
+                self.write(view, page, byte);
+                byte
+            })
+            .collect()
+    }
+
+    pub(crate) fn exposed(&self) -> Vec<u8> {
+        (0..)
+            .zip(self.states())
+            .map(|(page, state)| match state {
+                PageState::Private => self.read(View::Private, page),
+                _ => self.read(View::Shared, page),
+            })
+            .collect()
+    }
+}
+
+/// The page of the backend at a guest page, and whether the window there is bound.
+pub(crate) fn at(page: u64) -> Option<(u64, bool)> {
+    match page {
+        0..16 => Some((page, true)),
+        HIGH..28 => Some((page - HIGH + 16, true)),
+        ALIAS..108 => Some((page - ALIAS, false)),
+        _ => None,
+    }
+}
+
+pub(crate) fn touch(machine: &Machine, page: u64) {
+    machine
+        .vm
+        .memory_fault(page * PAGE_SIZE, PAGE_SIZE, true)
+        .unwrap();
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Conversions and discards against a plain model, with every system call and callback failing in
+//! turn, alone or with all that follow. The files are real memfds; only the hypervisor is the
+//! software owner.
+//!
+//! `machine`, `mapper`, `fault` and `request` are what the tests are made of; the other modules are
+//! the tests, by subject.
+
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
+mod discards;
+mod failures;
+mod fault;
+mod layout;
+mod lazy_attributes;
+mod machine;
+mod mapper;
+mod request;
+mod threads;

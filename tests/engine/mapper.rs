@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! A listener.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use guestmemfd::listener::Level;
+use guestmemfd::*;
+use rustix::io::Errno;
+
+use crate::fault::Fault;
+
+/// Maps what is shared, as VFIO would, and sees that it is told the truth.
+#[derive(Debug, Default)]
+pub(crate) struct Mapper {
+    pub(crate) mapped: parking_lot::Mutex<Vec<bool>>,
+    pub(crate) fault: Arc<Fault>,
+    /// Its device writes to what it has just mapped.
+    pub(crate) writes: AtomicBool,
+    /// Threads that wait are wanted elsewhere.
+    pub(crate) interrupts: AtomicBool,
+    /// What was to be allocated.
+    pub(crate) prefaulted: parking_lot::Mutex<Vec<GuestPages>>,
+}
+
+pub(crate) struct MapperHandle(pub(crate) Arc<Mapper>);
+
+impl Listener for MapperHandle {
+    fn begin(&self) -> bool {
+        true
+    }
+
+    fn populate(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
+        self.0.fault.call()?;
+        let mut mapped = self.0.mapped.lock();
+        for page in pages.start()..pages.end() {
+            assert!(!std::mem::replace(&mut mapped[page as usize], true));
+        }
+        if self.0.writes.load(Ordering::SeqCst) {
+            let backing = backend.backing();
+            rustix::io::pwrite(backing.file(View::Shared).fd(), &[1], pages.start_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn discard(&self, _: &Backend, pages: FilePages) {
+        let mut mapped = self.0.mapped.lock();
+        for page in pages.start()..pages.end() {
+            assert!(std::mem::replace(&mut mapped[page as usize], false));
+        }
+    }
+
+    fn prefault(&self, guest: GuestPages) {
+        self.0.prefaulted.lock().push(guest);
+    }
+
+    fn interrupted(&self) -> bool {
+        self.0.interrupts.load(Ordering::SeqCst)
+    }
+
+    fn gap(&self, _: GuestPages, to: View) -> io::Result<()> {
+        match to {
+            View::Shared => Ok(()),
+            View::Private => Err(Errno::INVAL.into()),
+        }
+    }
+
+    fn log(&self, _: Level, _: &str) {}
+}

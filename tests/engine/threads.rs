@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Several threads at once.
+
+use std::sync::atomic::Ordering;
+
+use guestmemfd::*;
+
+use crate::machine::*;
+
+#[test]
+fn vcpus_that_convert_the_same_pages_at_once_leave_a_sound_state() {
+    for discard in [Discard::Now, Discard::Coalesced] {
+        convert_the_same_pages_at_once(&Machine::lazy(discard));
+    }
+}
+
+fn convert_the_same_pages_at_once(machine: &Machine) {
+    machine.fault.slow_down();
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            scope.spawn(move || {
+                for i in 0..300u64 {
+                    let start = (i * 5 + thread * 3) % 14;
+                    let to = if (i + thread) % 2 == 0 {
+                        View::Private
+                    } else {
+                        View::Shared
+                    };
+                    machine.vm.convert(guest(start, start + 2), to).unwrap();
+                    touch(machine, start);
+                    if i % 16 == 0 {
+                        machine.vm.discard(&machine.backend, file(8, 20)).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    machine.vm.drain().unwrap();
+    machine.check_invariants();
+}
+
+#[test]
+fn a_request_returns_when_the_pages_are_where_it_asked_for_whoever_moves_them() {
+    let machine = Machine::new();
+    machine.fault.slow_down();
+    for round in 0..100u64 {
+        let to = [View::Private, View::Shared][round as usize % 2];
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let machine = &machine;
+                scope.spawn(move || {
+                    let start = (round * 3 + thread) % 8;
+                    machine.vm.convert(guest(start, start + 6), to).unwrap();
+                    let runs = machine.backend.state_runs(file(start, start + 6));
+                    assert_eq!(runs, [(file(start, start + 6), to.into())]);
+                });
+            }
+        });
+    }
+    machine.check_invariants();
+}
+
+#[test]
+fn a_request_that_is_interrupted_while_it_waits_is_counted_when_it_comes_again() {
+    let machine = Machine::new();
+    let everything = guest(LOW, LOW + 16);
+    machine.fault.slow_down();
+    machine.mapper.interrupts.store(true, Ordering::SeqCst);
+    let mut interruptions = 0;
+    let mut served = 0;
+    std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            for round in 0..200 {
+                let to = [View::Private, View::Shared][round % 2];
+                while machine.vm.convert(everything, to).is_err() {}
+            }
+        });
+        while !busy.is_finished() {
+            match machine.vm.map_gpa_range(0, 1, 1 << 4) {
+                Ok(_) => served += 1,
+                Err(Error::Interrupted { .. }) => interruptions += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    });
+    let stats = machine.backend.stats();
+    assert!(interruptions > 0, "nobody had to wait");
+    assert_eq!((stats.hypercalls, stats.refused), (served, 0));
+}
