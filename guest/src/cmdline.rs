@@ -37,11 +37,13 @@ pub enum Scenario {
     Reporting,
     /// Uses a virtio-blk disk.
     Disk,
+    /// Gives devices private memory.
+    Device,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -57,6 +59,7 @@ impl Scenario {
         Self::Balloon,
         Self::Reporting,
         Self::Disk,
+        Self::Device,
     ];
 
     /// Does it convert memory? If not, ordinary guests can run it.
@@ -97,6 +100,7 @@ impl Scenario {
             Self::Balloon => "balloon",
             Self::Reporting => "reporting",
             Self::Disk => "disk",
+            Self::Device => "device",
         }
     }
 }
@@ -492,7 +496,7 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,dirty,balloon,reporting,disk,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,device,all"
         );
     }
 }

@@ -135,6 +135,20 @@ pub(crate) unsafe fn read_to(selector: u16, address: u64, length: u32) -> Result
     }
 }
 
+/// Tells QEMU that a transfer's description lies at an address, and does not wait for an answer.
+///
+/// # Safety
+///
+/// If a description lies there, its transfer is carried out.
+pub(crate) unsafe fn order_at(address: u64) {
+    let _device = DEVICE.lock();
+    // SAFETY: the caller answers for it.
+    unsafe {
+        out32(DMA_HIGH, ((address >> 32) as u32).to_be());
+        out32(DMA_LOW, (address as u32).to_be());
+    }
+}
+
 /// Looks for a named item: its selector, and its size in bytes.
 pub(crate) fn find(name: &str) -> Result<Option<(u16, u32)>, Error> {
     let device = DEVICE.lock();

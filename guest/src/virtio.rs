@@ -36,8 +36,11 @@ const QUEUE_USED: u64 = 48;
 const DRIVER: u8 = 1 | 2;
 const FEATURES_OK: u8 = 8;
 const DRIVER_OK: u8 = 4;
+const NEEDS_RESET: u8 = 0x40;
 /// `VIRTIO_F_VERSION_1`, bit 32, in the second word of features.
 const VERSION_1: u32 = 1;
+/// `VIRTIO_F_ACCESS_PLATFORM`, bit 33: what QEMU sets for confidential guests.
+const ACCESS_PLATFORM: u32 = 2;
 
 const NEXT: u16 = 1;
 const WRITABLE: u16 = 2;
@@ -46,13 +49,26 @@ const PAGE: usize = 4096;
 /// Room for the rings of a queue of 256.
 const RING_BYTES: usize = 3 * PAGE;
 
-/// A device, by vendor and device number.
+/// A device, by its virtio type.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Kind {
     /// virtio-blk.
-    Disk = 0x1001_1af4,
+    Disk = 2,
     /// virtio-balloon.
-    Balloon = 0x1002_1af4,
+    Balloon = 5,
+}
+
+impl Kind {
+    /// Vendor and device number: of a transitional device, as ordinary guests have by default, or of
+    /// one without a legacy interface, as confidential guests have.
+    fn matches(self, id: u32) -> bool {
+        let transitional = match self {
+            Self::Disk => 0x1001,
+            Self::Balloon => 0x1002,
+        };
+        let modern = 0x1040 + self as u32;
+        id & 0xffff == 0x1af4 && (id >> 16 == transitional || id >> 16 == modern)
+    }
 }
 
 /// Memory that a device uses for a request.
@@ -92,13 +108,14 @@ impl Queue {
         let (common, _) = registers(device, COMMON)?;
         reset(common);
         common.put(STATUS, DRIVER);
-        for (word, wanted) in [(0_u32, features), (1, VERSION_1)] {
+        for (word, wanted, taken) in [(0_u32, features, 0), (1, VERSION_1, ACCESS_PLATFORM)] {
             common.put(DEVICE_FEATURE_SELECT, word);
-            if common.get::<u32>(DEVICE_FEATURE) & wanted != wanted {
+            let offered = common.get::<u32>(DEVICE_FEATURE);
+            if offered & wanted != wanted {
                 return Err("the virtio device lacks a feature: see guest/README.md");
             }
             common.put(DRIVER_FEATURE_SELECT, word);
-            common.put(DRIVER_FEATURE, wanted);
+            common.put(DRIVER_FEATURE, wanted | offered & taken);
         }
         common.put(STATUS, DRIVER | FEATURES_OK);
         common.put(QUEUE_SELECT, number);
@@ -126,12 +143,17 @@ impl Queue {
         })
     }
 
-    /// Hands one request to the device and waits until it is done with it.
+    /// Where the rings begin.
+    pub(crate) fn rings(&self) -> u64 {
+        self.rings.0.get() as u64
+    }
+
+    /// Hands one request to the device and waits until it is done with it, or gives up.
     ///
     /// # Safety
     ///
     /// The device reads the buffers, and writes to the writable ones.
-    pub(crate) unsafe fn request(&mut self, buffers: &[Buffer]) {
+    pub(crate) unsafe fn request(&mut self, buffers: &[Buffer]) -> Result<(), &'static str> {
         assert!(buffers.len() <= self.size);
         for (index, buffer) in buffers.iter().enumerate() {
             let last = index + 1 == buffers.len();
@@ -154,9 +176,12 @@ impl Queue {
         // The caller answers for the buffers, and the rings are the device's.
         self.notify.put(0, self.number);
         while self.get16(used_at(self.size) + 2) != self.done {
-            core::hint::spin_loop();
+            if self.common.get::<u8>(STATUS) & NEEDS_RESET != 0 {
+                return Err("the virtio device has given up and wants to be reset");
+            }
         }
         fence(Ordering::SeqCst);
+        Ok(())
     }
 
     fn put<T>(&self, at: usize, value: T) {
@@ -228,7 +253,7 @@ fn used_at(size: usize) -> usize {
 
 /// The first device of a kind, by number, ready to be used.
 fn find(kind: Kind) -> Result<u32, &'static str> {
-    let device = (0..32).find(|&device| config(device, 0) == kind as u32);
+    let device = (0..32).find(|&device| kind.matches(config(device, 0)));
     let device = device.ok_or("no such virtio device on the first PCI bus: add it with -device")?;
     let command = config(device, COMMAND);
     // SAFETY: the device may use memory from here on; it does once a queue is set up.

@@ -40,7 +40,7 @@ pub(super) fn inflate(run: &mut Run<'_>) {
                     writable: false,
                 };
                 // SAFETY: the device reads the frames; those pages are ours and hold a pattern.
-                unsafe { queue.request(&[buffer]) };
+                unsafe { queue.request(&[buffer]) }.map_err(Failure::Missing)?;
             }
             Ok(())
         })
@@ -57,7 +57,7 @@ pub(super) fn report(run: &mut Run<'_>) {
                 writable: true,
             };
             // SAFETY: the pages are ours and hold a pattern.
-            unsafe { queue.request(&[buffer]) };
+            unsafe { queue.request(&[buffer]) }.map_err(Failure::Missing)?;
             Ok(())
         })
     });

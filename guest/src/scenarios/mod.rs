@@ -4,6 +4,7 @@
 mod bad;
 mod balloon;
 pub(crate) mod bench;
+mod device;
 mod dirty;
 mod disk;
 mod fault;
@@ -213,7 +214,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
         // There is one device.
         let device = matches!(
             scenario,
-            Scenario::Balloon | Scenario::Reporting | Scenario::Disk
+            Scenario::Balloon | Scenario::Reporting | Scenario::Disk | Scenario::Device
         );
         if device && (cpu, index) != (0, 0) {
             continue;
@@ -244,6 +245,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Balloon => balloon::inflate(&mut run),
             Scenario::Reporting => balloon::report(&mut run),
             Scenario::Disk => disk::run(&mut run),
+            Scenario::Device => device::run(&mut run),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

@@ -141,7 +141,7 @@ fn granted(got: i64, sweep: &Sweep, number: usize, intent: Intent) -> Check {
 }
 
 /// Does nothing for so many ticks.
-fn rest(ticks: u64) {
+pub(super) fn rest(ticks: u64) {
     let end = apic::ticks() + ticks;
     while apic::ticks() < end {
         cpu::wait();

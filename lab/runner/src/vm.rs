@@ -81,6 +81,8 @@ pub(crate) enum Scenario {
     Reporting,
     /// Uses a virtio-blk disk
     Disk,
+    /// Gives devices private memory; needs a virtio-blk disk
+    Device,
 }
 
 impl Scenario {
@@ -102,6 +104,7 @@ impl Scenario {
             Self::Balloon => "balloon",
             Self::Reporting => "reporting",
             Self::Disk => "disk",
+            Self::Device => "device",
         }
     }
 
@@ -272,7 +275,7 @@ impl Vm {
 
 /// What the guest has QEMU write to shared pages: the host's side of a page. No two neighbours are
 /// equal, and no comma is among them, which would end the option.
-fn host_pattern() -> String {
+pub(crate) fn host_pattern() -> String {
     (0..=255)
         .map(|n: u8| char::from(b'A' + n.wrapping_mul(7) % 26))
         .collect()

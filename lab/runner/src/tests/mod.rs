@@ -3,6 +3,7 @@
 
 mod freed;
 mod guests;
+mod host;
 mod hostile;
 mod large;
 mod mapped;
@@ -139,6 +140,7 @@ fn all() -> Vec<Test> {
         reset::tests(),
         storm::tests(),
         hostile::tests(),
+        host::tests(),
         large::tests(),
         no_memory::tests(),
         ordinary_vms(),

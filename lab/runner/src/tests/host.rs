@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What the host gets that reads or writes private memory: an error, and the page is as before.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use elf::ElfBytes;
+use elf::abi::PT_LOAD;
+use elf::endian::LittleEndian;
+use guestmemfd_guest::{DISK_PART, disk_word};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
+use crate::guest;
+use crate::probe::Need;
+use crate::qemu::{EXIT_LIMIT, Qemu};
+use crate::query;
+use crate::vm::{Scenario, Vm};
+
+/// Bytes that are looked at.
+const LENGTH: u64 = 64;
+
+pub(super) fn tests() -> Vec<Test> {
+    vec![Test::new("host/access", &[Need::PrivateMemory], access)]
+}
+
+/// A page that is private, one that is shared, and what the host wrote to that.
+struct Pages {
+    private: u64,
+    shared: u64,
+    pattern: Vec<u8>,
+}
+
+fn access(context: &Context) -> Result<()> {
+    let dir = TempDir::new()?;
+    let image = dir.path().join("image");
+    fs::write(&image, disk_content()?)?;
+    let gdb = dir.path().join("gdb");
+    let vm = Vm::conformance(&context.files, Scenario::Device, false, SIZE, 1);
+    let vm = guests::with_properties(vm, "lazy-attributes=off,convert-timeout=200")
+        .with_arguments(&format!(
+            "-blockdev driver=file,node-name=disk,filename={} -device virtio-blk-pci,drive=disk",
+            image.display()
+        ))
+        .with_arguments(&format!(
+            "-chardev socket,id=gdb,path={},server=on,wait=off -gdb chardev:gdb",
+            gdb.display()
+        ));
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    let line = guest::wait_line(&qemu, "# device:", GUEST_LIMIT)?;
+    qemu.qmp.run("stop", json!({}))?;
+    qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
+
+    let pages = Pages {
+        private: note(&line, "private")?,
+        shared: note(&line, "shared")?,
+        pattern: crate::vm::host_pattern().into_bytes(),
+    };
+    let before = query::backend(&mut qemu.qmp)?;
+    monitor(&mut qemu, &pages).context("the monitor")?;
+    save(&mut qemu, dir.path(), &pages).context("memory in files")?;
+    debugger(&gdb, &pages).context("the gdbstub")?;
+    migration(&mut qemu, dir.path()).context("migration")?;
+    let after = query::backend(&mut qemu.qmp)?;
+    ensure!(before == after, "the host changed {before:?} to {after:?}");
+    // This one reads all of the shared view, which allocates it: a memfd has no page of zeros.
+    dump(&mut qemu, dir.path(), &pages).context("dump-guest-memory")?;
+    let after = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        after.shared_allocated <= SIZE.0 - after.private_bytes,
+        "private pages are allocated in the shared file: {after:?}"
+    );
+
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    freed::files_match(&backend, qemu.pid())?;
+    ensure!(backend.waits > 0, "no conversion waited: {backend:?}");
+    let tap = guest::finish(&mut qemu)?;
+    ensure!(tap.verdict()? >= 6, "the guest has left something out");
+    Ok(())
+}
+
+/// The disk that the guest reads.
+fn disk_content() -> Result<Vec<u8>> {
+    let words = (0..DISK_PART / 8).flat_map(|n| disk_word(n).to_le_bytes());
+    let mut content: Vec<u8> = words.collect();
+    content.resize(usize::try_from(4 * DISK_PART)?, 0);
+    Ok(content)
+}
+
+fn note(line: &str, name: &str) -> Result<u64> {
+    let mut words = line.split_whitespace();
+    let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix("=0x"));
+    let value = value.with_context(|| format!("the guest does not say {name}: {line}"))?;
+    Ok(u64::from_str_radix(value, 16)?)
+}
+
+/// `xp` and `x`; the guest maps all memory at its physical address.
+fn monitor(qemu: &mut Qemu, pages: &Pages) -> Result<()> {
+    let first = u64::from_le_bytes(pages.pattern[..8].try_into()?);
+    for command in ["xp", "x"] {
+        let mut look = |address: u64| -> Result<String> {
+            let command = json!({"command-line": format!("{command} /gx {address:#x}")});
+            let answer = qemu.qmp.run("human-monitor-command", command)?;
+            Ok(answer.as_str().unwrap_or_default().trim().to_owned())
+        };
+        let private = look(pages.private)?;
+        ensure!(
+            private.contains("Cannot access memory"),
+            "{command} of a private page: {private}"
+        );
+        let shared = look(pages.shared)?;
+        ensure!(
+            shared.ends_with(&format!("{first:#018x}")),
+            "{command} of a shared page: {shared}, not {first:#018x}"
+        );
+    }
+    Ok(())
+}
+
+/// `pmemsave` and `memsave`.
+fn save(qemu: &mut Qemu, dir: &Path, pages: &Pages) -> Result<()> {
+    let file = dir.join("memory");
+    for command in ["pmemsave", "memsave"] {
+        let mut save = |address: u64| {
+            let arguments = json!({"val": address, "size": LENGTH, "filename": file});
+            qemu.qmp.raw(command, arguments)
+        };
+        let private = save(pages.private)?;
+        ensure!(private.is_err(), "{command} of a private page succeeds");
+        let shared = save(pages.shared)?;
+        ensure!(shared.is_ok(), "{command} of a shared page: {shared:?}");
+        ensure!(
+            fs::read(&file)? == pages.pattern[..LENGTH as usize],
+            "{command} saves something else than is there"
+        );
+    }
+    Ok(())
+}
+
+/// Reads and writes as gdb does: `m` and `M` packets of its remote protocol.
+fn debugger(socket: &Path, pages: &Pages) -> Result<()> {
+    let mut gdb = UnixStream::connect(socket)?;
+    gdb.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut ask = |packet: String| -> Result<String> {
+        let sum = packet.bytes().fold(0_u8, u8::wrapping_add);
+        gdb.write_all(format!("+${packet}#{sum:02x}").as_bytes())?;
+        let mut answer = Vec::new();
+        // An answer ends in # and two digits.
+        while answer.iter().rev().nth(2) != Some(&b'#') {
+            let mut byte = [0];
+            gdb.read_exact(&mut byte)?;
+            answer.push(byte[0]);
+        }
+        let text = String::from_utf8_lossy(&answer);
+        let text = text.trim_start_matches('+').trim_start_matches('$');
+        Ok(text[..text.len() - 3].to_owned())
+    };
+    let private = pages.private;
+    for packet in [format!("m{private:x},8"), format!("M{private:x},2:abcd")] {
+        let answer = ask(packet.clone())?;
+        ensure!(answer.starts_with('E'), "{packet}: {answer}");
+    }
+    let hex: String = pages.pattern[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let answer = ask(format!("m{:x},8", pages.shared))?;
+    ensure!(answer == hex, "a shared page: {answer}, not {hex}");
+    // Leaves the guest as it is, paused.
+    Ok(())
+}
+
+/// The private page is not among what is dumped.
+fn dump(qemu: &mut Qemu, dir: &Path, pages: &Pages) -> Result<()> {
+    let file = dir.join("dump");
+    let protocol = format!("file:{}", file.display());
+    let arguments = json!({"paging": false, "protocol": protocol});
+    qemu.qmp.run("dump-guest-memory", arguments)?;
+    let bytes = fs::read(&file)?;
+    let elf = ElfBytes::<LittleEndian>::minimal_parse(&bytes)?;
+    let segments = elf.segments().context("the dump has no segments")?;
+    let find = |address: u64| {
+        segments
+            .iter()
+            .filter(|segment| segment.p_type == PT_LOAD)
+            .find(|s| (s.p_paddr..s.p_paddr + s.p_filesz).contains(&address))
+    };
+    ensure!(
+        find(pages.private).is_none(),
+        "the dump has the private page"
+    );
+    let shared = find(pages.shared).context("the dump lacks the shared page")?;
+    let at = usize::try_from(shared.p_offset + pages.shared - shared.p_paddr)?;
+    ensure!(
+        bytes.get(at..at + 64) == pages.pattern.get(..64),
+        "the dump has something else than the shared page holds"
+    );
+    Ok(())
+}
+
+/// Refused, with the reason.
+fn migration(qemu: &mut Qemu, dir: &Path) -> Result<()> {
+    let uri = format!("file:{}", dir.join("state").display());
+    let refusal = qemu.qmp.raw("migrate", json!({"uri": uri}))?;
+    let why = refusal.err().context("it is not refused")?.0;
+    ensure!(why.contains("private"), "no reason: {why}");
+    Ok(())
+}
