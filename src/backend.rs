@@ -2,6 +2,7 @@
 
 //! A backend: a size, its files, the states of its pages, and what it counts.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -439,6 +440,34 @@ impl Backend {
             rest = FilePages::new(data.end(), pages.end());
         }
         Ok(found)
+    }
+
+    /// Reads bytes of the shared view.
+    pub(crate) fn read_shared(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let read = self.backing().file(View::Shared).read_at(offset, bytes);
+        read.map_err(|source| self.transfer_error("read", offset, bytes.len(), source))
+    }
+
+    /// Writes bytes of the shared view.
+    pub(crate) fn write_shared(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let written = self.backing().file(View::Shared).write_at(offset, bytes);
+        written.map_err(|source| self.transfer_error("write", offset, bytes.len(), source))
+    }
+
+    fn transfer_error(
+        &self,
+        what: &'static str,
+        offset: u64,
+        bytes: usize,
+        source: io::Error,
+    ) -> Error {
+        Error::Transfer {
+            what,
+            backend: self.config.name.clone(),
+            offset,
+            bytes,
+            source,
+        }
     }
 
     /// The undecided pages around one of them, as far as a touch of it reaches inside a range. None

@@ -3,8 +3,10 @@
 //! The files behind the views of a backend.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
@@ -33,19 +35,30 @@ pub trait ViewFile: Debug + Send + Sync {
     /// The first of these pages that have data, which are those that are no hole.
     fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>>;
 
+    /// Reads bytes from an offset on, which lie inside the file. Holes read zero and stay holes.
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Writes bytes from an offset on, which lie inside the file.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
     /// Allocated bytes as the kernel accounts them for the file. 0 for every guest_memfd: the kernel
     /// does not tell.
     fn allocated(&self) -> io::Result<u64>;
 }
 
-/// A file of the kernel: memfd or guest_memfd.
+/// A file of the kernel: a memfd, or a guest_memfd that nobody maps, whose bytes cannot be had.
 #[derive(Debug)]
-pub struct KernelFile(OwnedFd);
+pub struct KernelFile(Arc<File>);
 
 impl KernelFile {
     /// A file that some other call created.
     pub fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self(Arc::new(fd.into()))
+    }
+
+    /// What can be mapped.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        &self.0
     }
 
     /// A memfd of this size, which nobody can resize.
@@ -53,7 +66,7 @@ impl KernelFile {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         retry_on_intr(|| rustix::fs::ftruncate(&fd, bytes))?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-        Ok(Self(fd))
+        Ok(Self::new(fd))
     }
 }
 
@@ -65,13 +78,13 @@ impl ViewFile for KernelFile {
     fn punch_hole(&self, pages: FilePages) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         retry_on_intr(|| {
-            rustix::fs::fallocate(&self.0, flags, pages.start_bytes(), pages.bytes())
+            rustix::fs::fallocate(self.fd(), flags, pages.start_bytes(), pages.bytes())
         })?;
         Ok(())
     }
 
     fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
-        let seek = |from| retry_on_intr(|| rustix::fs::seek(&self.0, from));
+        let seek = |from| retry_on_intr(|| rustix::fs::seek(self.fd(), from));
         let data = match seek(SeekFrom::Data(pages.start_bytes())) {
             // No data from here to the end of the file.
             Err(Errno::NXIO) => return Ok(None),
@@ -85,9 +98,17 @@ impl ViewFile for KernelFile {
         Ok(data.and_then(|data| data.intersection(pages)))
     }
 
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(bytes, offset)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
+
     fn allocated(&self) -> io::Result<u64> {
         // st_blocks counts units of 512 bytes and is never negative.
-        Ok(rustix::fs::fstat(&self.0)?.st_blocks.unsigned_abs() * 512)
+        Ok(rustix::fs::fstat(self.fd())?.st_blocks.unsigned_abs() * 512)
     }
 }
 

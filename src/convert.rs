@@ -146,31 +146,44 @@ impl Vm {
         to: View,
         neighbours: Neighbours,
     ) -> Result<Claimed<'_>> {
-        loop {
-            let parts: Few<Part> = self.windows.read().resolve(guest).collect();
-            let windows = self.check(&parts, to)?;
+        let ((windows, along), claim) = self.claim_parts(guest, |parts| {
+            let windows = self.check(parts, to)?;
             let along = match neighbours {
                 Neighbours::Stay => None,
                 Neighbours::GoAlong => self.undecided_around(guest),
             };
-            let mut wanted: Few<(BackendId, FilePages)> =
-                windows.iter().map(|w| (w.backend, w.file)).collect();
+            let mut wanted: Few<_> = windows.iter().map(|w| (w.backend, w.file)).collect();
             wanted.extend(along.iter().map(|(backend, pages)| (backend.id(), *pages)));
+            Ok(((windows, along), wanted))
+        })?;
+        let windows = windows
+            .iter()
+            .filter_map(|w| Some((self.backend(w.backend)?, w.file)))
+            .collect();
+        Ok(Claimed {
+            windows,
+            along,
+            _claim: claim,
+        })
+    }
+
+    /// Cuts a range along windows and gaps, has `check` say which pages are wanted of the parts, and
+    /// claims those. Returns what else `check` has said.
+    pub(crate) fn claim_parts<T>(
+        &self,
+        guest: GuestPages,
+        check: impl Fn(&[Part]) -> Result<(T, Few<(BackendId, FilePages)>)>,
+    ) -> Result<(T, Claim<'_>)> {
+        loop {
+            let parts: Few<Part> = self.windows.read().resolve(guest).collect();
+            let (checked, wanted) = check(&parts)?;
             let claim = self
                 .claims
                 .claim(&wanted, || self.listener.interrupted())
                 .map_err(|_| Error::Interrupted { guest })?;
             // The layout cannot change under a claim, but it can while one is waited for.
             if self.windows.read().resolve(guest).eq(parts) {
-                let windows = windows
-                    .iter()
-                    .filter_map(|w| Some((self.backend(w.backend)?, w.file)))
-                    .collect();
-                return Ok(Claimed {
-                    windows,
-                    along,
-                    _claim: claim,
-                });
+                return Ok((checked, claim));
             }
         }
     }
@@ -387,12 +400,13 @@ impl Vm {
     /// Frees both views of pages of a backend; they become undecided. Those of a mapped backend stay
     /// shared.
     pub fn discard(&self, backend: &Arc<Backend>, pages: FilePages) -> Result<()> {
-        if backend.mode() == Mode::Mapped {
-            return backend.punch(pages, View::Shared);
-        }
-        let told = Told::begin(self.listener.as_ref());
+        let mapped = backend.mode() == Mode::Mapped;
+        let told = (!mapped).then(|| Told::begin(self.listener.as_ref()));
         // QEMU's callers cannot repeat a discard.
         let _claim = self.claims.claim_for_sure(&[(backend.id(), pages)]);
+        let Some(told) = told else {
+            return backend.punch(pages, View::Shared);
+        };
         self.make_sure(backend, pages)?;
         let mut moves = Moves::mark(&[(backend.clone(), pages)], |_| true);
         // The host sees undecided pages: their shared view is emptied first, whatever the policy

@@ -132,6 +132,40 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The host was to access a page that is the guest's alone.
+    #[error("cannot access guest memory at {gpa:#x}: the page is private (backend '{backend}')")]
+    PrivateMemory {
+        /// The first address of the access that lies in such a page.
+        gpa: u64,
+        /// Name of the backend.
+        backend: String,
+    },
+
+    /// The host was to access guest physical space where no backend is.
+    #[error("cannot access guest memory at {gpa:#x}: no backend owns it")]
+    NoBackend {
+        /// The first address of the access that no backend owns.
+        gpa: u64,
+    },
+
+    /// The shared file of a backend could not be read or written.
+    #[error(
+        "cannot {what} {bytes:#x} bytes at offset {offset:#x} of the shared file of backend \
+         '{backend}': {source}"
+    )]
+    Transfer {
+        /// Read or write.
+        what: &'static str,
+        /// Name of the backend.
+        backend: String,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        bytes: usize,
+        /// Why not.
+        source: io::Error,
+    },
+
     /// A listener cannot use pages that were to be shared.
     #[error("a listener refused {pages} of backend '{backend}': {source}")]
     Listener {
@@ -243,11 +277,13 @@ impl Error {
             | Error::NeverPrivate { .. }
             | Error::OutsideBackend { .. }
             | Error::NotPinned { .. } => Errno::INVAL.raw_os_error(),
+            Error::NoBackend { .. } => Errno::FAULT.raw_os_error(),
             Error::Interrupted { .. } => Errno::INTR.raw_os_error(),
             Error::Gap { source, .. }
             | Error::SetAttributes { source, .. }
             | Error::Punch { source, .. }
             | Error::FindData { source, .. }
+            | Error::Transfer { source, .. }
             | Error::Listener { source, .. }
             | Error::CreateFile { source, .. }
             | Error::Worker { source }
@@ -258,7 +294,7 @@ impl Error {
             Error::Unsupported { .. } | Error::NoMode { .. } => Errno::OPNOTSUPP.raw_os_error(),
             Error::Overlap(_) => Errno::EXIST.raw_os_error(),
             Error::NoWindow { .. } => Errno::NOENT.raw_os_error(),
-            Error::NotShared { .. } => Errno::ACCESS.raw_os_error(),
+            Error::NotShared { .. } | Error::PrivateMemory { .. } => Errno::ACCESS.raw_os_error(),
             Error::InUse { .. } | Error::Pinned { .. } => Errno::BUSY.raw_os_error(),
         }
     }

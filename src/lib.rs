@@ -6,13 +6,15 @@
 //! A [`Vm`] holds an [`Owner`] (the hypervisor), a table of [windows](window) (where pages appear in
 //! guest physical space) and [backends](backend). A [`Backend`] has two views of each of its pages,
 //! private (guest_memfd) and shared (memfd), and a [state](state) for each. A guest's hypercall and
-//! a guest's memory fault both end in [`Vm::convert`].
+//! a guest's memory fault both end in [`Vm::convert`]. The host reaches guest memory by
+//! [`Vm::read`] and [`Vm::write`].
 //!
 //! C programs use it through the header `guestmemfd.h`, see [`ffi`].
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+mod access;
 pub mod addr;
 pub mod backend;
 pub mod backing;
@@ -23,6 +25,7 @@ pub mod error;
 pub mod ffi;
 pub mod lazy;
 pub mod listener;
+mod mapped_file;
 mod moves;
 pub mod owner;
 pub mod page_set;

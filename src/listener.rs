@@ -19,7 +19,7 @@ pub enum Level {
 }
 
 /// The user of a VM. All are called from the thread that entered the library; none may ask for a
-/// conversion, a discard or a change of the layout.
+/// conversion, a discard, an access to guest memory or a change of the layout.
 ///
 /// `begin` and `end` bracket every conversion and discard. `begin` comes before any claim is taken,
 /// so it is the place for locks that `populate` and `discard` need: a thread that holds such a lock

@@ -127,6 +127,21 @@ fn slots_carry_the_file_only_if_asked_to_and_once() {
 }
 
 #[test]
+fn the_host_reads_and_writes_all_of_it() {
+    for bind in [false, true] {
+        let (vm, backend) = mapped(bind);
+        vm.add_window(&backend, guest(0, PAGES), 0, true).unwrap();
+        vm.write(3 * PAGE_SIZE + 1, b"data").unwrap();
+        let mut bytes = [0xff; 7];
+        vm.read(3 * PAGE_SIZE, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"\0data\0\0");
+        vm.read(0, &mut [0; 3 * PAGE_SIZE as usize]).unwrap();
+        assert_eq!(data(&backend, View::Shared), FilePages::new(3, 4));
+        vm.read(PAGES * PAGE_SIZE - 1, &mut [0; 2]).unwrap_err();
+    }
+}
+
+#[test]
 fn bind_belongs_to_mapped_memory() {
     let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(Silent));
     let error = vm.create_backend(config(None, true)).unwrap_err();

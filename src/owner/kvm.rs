@@ -18,6 +18,7 @@ use super::Owner;
 use crate::addr::GuestPages;
 use crate::backing::{KernelFile, ViewFile};
 use crate::error::{Error, Result};
+use crate::mapped_file::MappedFile;
 use crate::state::View;
 
 /// `KVM_CAP_GUEST_MEMFD_FLAGS`, which kvm-bindings lacks: the flags that this VM's guest_memfd may
@@ -64,7 +65,7 @@ impl KvmOwner {
         self.kvm.check_extension_raw(KVM_CAP_GUEST_MEMFD.into()) > 0
     }
 
-    fn create_file(&self, bytes: u64, flags: u64) -> io::Result<Arc<dyn ViewFile>> {
+    fn create_file(&self, bytes: u64, flags: u64) -> io::Result<KernelFile> {
         let fd = self.vm.create_guest_memfd(kvm_create_guest_memfd {
             size: bytes,
             flags,
@@ -74,7 +75,7 @@ impl KvmOwner {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // The kernel gives it without O_CLOEXEC.
         fcntl_setfd(fd.as_fd(), FdFlags::CLOEXEC)?;
-        Ok(Arc::new(KernelFile::new(fd)))
+        Ok(KernelFile::new(fd))
     }
 }
 
@@ -130,11 +131,12 @@ impl Owner for KvmOwner {
     }
 
     fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
-        self.create_file(bytes, 0)
+        Ok(Arc::new(self.create_file(bytes, 0)?))
     }
 
     fn create_mapped_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
-        self.create_file(bytes, FLAG_MMAP | FLAG_INIT_SHARED)
+        let file = self.create_file(bytes, FLAG_MMAP | FLAG_INIT_SHARED)?;
+        Ok(Arc::new(MappedFile::new(file)))
     }
 
     fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {

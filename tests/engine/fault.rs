@@ -42,6 +42,13 @@ impl Fault {
         self.slow.store(true, Ordering::SeqCst);
     }
 
+    /// Long enough for a whole conversion.
+    fn linger(&self) {
+        if self.slow.load(Ordering::SeqCst) {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    }
+
     pub(crate) fn call(&self) -> io::Result<()> {
         if self.slow.load(Ordering::SeqCst) {
             std::thread::sleep(std::time::Duration::from_micros(50));
@@ -106,6 +113,20 @@ impl ViewFile for FaultyFile {
     fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
         self.1.call()?;
         self.0.first_data(pages)
+    }
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.1.call()?;
+        self.0.read_at(offset, bytes)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.1.call()?;
+        // In two halves, so that it can be seen if anybody gets in between.
+        let (first, rest) = bytes.split_at(bytes.len() / 2);
+        self.0.write_at(offset, first)?;
+        self.1.linger();
+        self.0.write_at(offset + first.len() as u64, rest)
     }
 
     fn allocated(&self) -> io::Result<u64> {

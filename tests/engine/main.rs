@@ -9,6 +9,7 @@
 
 #![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
 
+mod access;
 mod discards;
 mod failures;
 mod fault;

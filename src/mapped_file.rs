@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! A guest_memfd that the host maps. The kernel refuses read() and write() on it, so its bytes are
+//! reached through mappings, each for one access.
+#![allow(unsafe_code)] // mincore()
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::retry_on_intr;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+
+use crate::addr::{FilePages, PAGE_SIZE};
+use crate::backing::{KernelFile, ViewFile};
+
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct MappedFile(KernelFile);
+
+impl MappedFile {
+    /// A guest_memfd with `GUEST_MEMFD_FLAG_MMAP` and `GUEST_MEMFD_FLAG_INIT_SHARED`.
+    pub(crate) fn new(file: KernelFile) -> Self {
+        Self(file)
+    }
+
+    /// Maps pages.
+    fn map(&self, pages: FilePages) -> io::Result<MmapRegion> {
+        let file = FileOffset::from_arc(self.0.file().clone(), pages.start_bytes());
+        let size = usize::try_from(pages.bytes()).map_err(io::Error::other)?;
+        MmapRegion::from_file(file, size).map_err(io::Error::other)
+    }
+}
+
+/// The pages of an access, and where in them it begins. `None` for one of no bytes.
+fn pages_of(offset: u64, bytes: &[u8]) -> Option<(FilePages, usize)> {
+    let pages = FilePages::covering_bytes(offset, bytes.len() as u64)?;
+    Some((pages, (offset % PAGE_SIZE) as usize))
+}
+
+/// Which pages of a mapping are allocated. A guest_memfd is never swapped out, so those that are not
+/// in memory are holes.
+fn allocated_pages(mapping: &MmapRegion) -> io::Result<Vec<bool>> {
+    let mut present = vec![0_u8; mapping.size().div_ceil(PAGE)];
+    // SAFETY: the range is mapped as long as `mapping` lives, and the vector has a byte for each of
+    // its pages, which is what the call writes.
+    let status = unsafe {
+        libc::mincore(
+            mapping.as_ptr().cast(),
+            mapping.size(),
+            present.as_mut_ptr(),
+        )
+    };
+    match status {
+        0 => Ok(present.iter().map(|page| page & 1 != 0).collect()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl ViewFile for MappedFile {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
+
+    fn punch_hole(&self, pages: FilePages) -> io::Result<()> {
+        self.0.punch_hole(pages)
+    }
+
+    fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
+        self.0.first_data(pages)
+    }
+
+    /// A touch of a hole, even for reading, would allocate it.
+    fn read_at(&self, offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
+        let Some((pages, mut at)) = pages_of(offset, bytes) else {
+            return Ok(());
+        };
+        let mapping = self.map(pages)?;
+        for allocated in allocated_pages(&mapping)? {
+            let (here, behind) = bytes.split_at_mut(bytes.len().min(PAGE - at % PAGE));
+            if allocated {
+                let page = mapping.get_slice(at, here.len());
+                page.map_err(io::Error::other)?.copy_to(here);
+            } else {
+                here.fill(0);
+            }
+            at += here.len();
+            bytes = behind;
+        }
+        Ok(())
+    }
+
+    /// Allocates first: where there is no memory for a touch, it ends in a signal.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let Some((pages, at)) = pages_of(offset, bytes) else {
+            return Ok(());
+        };
+        let (start, size) = (pages.start_bytes(), pages.bytes());
+        retry_on_intr(|| rustix::fs::fallocate(self.fd(), FallocateFlags::KEEP_SIZE, start, size))?;
+        let mapping = self.map(pages)?;
+        let place = mapping.get_slice(at, bytes.len());
+        place.map_err(io::Error::other)?.copy_from(bytes);
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.0.allocated()
+    }
+}
