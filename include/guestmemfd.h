@@ -395,8 +395,8 @@ int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
                                struct guestmemfd_error *error);
 
 /**
- * Takes back guestmemfd_backend_pin() for the same bytes, or a part of them. -EINVAL, and nothing is
- * done, if a page of them is not pinned.
+ * Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and nothing is done, if a page of
+ * them is not pinned.
  */
 int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
                                  uint64_t offset,

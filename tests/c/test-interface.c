@@ -468,32 +468,33 @@ static void test_pins(void)
     guestmemfd_error error;
     bool bound = false;
 
-    ok(!guestmemfd_backend_new(vm, &config, &backend, &error) &&
-       !guestmemfd_vm_add_window(vm, backend, 0, SIZE, 0, 0, &bound, &error),
-       "a backend with a timeout of 10 ms");
-    ok(!guestmemfd_backend_pin(backend, PAGE - 1, 2, &error),
-       "two bytes pin the two pages that they lie in");
-    ok(guestmemfd_vm_map_gpa_range(vm, PAGE, 1, 0x10, &error) == -EBUSY &&
-       strstr(error.message, "pinned"), "a pinned page does not become private: %s",
-       error.message);
-    ok(!guestmemfd_vm_memory_fault(vm, PAGE, PAGE, true, &error) &&
-       stats_of(backend).private_bytes == 0 && stats_of(backend).waits == 2,
-       "a memory fault waits, and can come again");
-    ok(guestmemfd_backend_unpin(backend, 0, 3 * PAGE, &error) == -EINVAL &&
-       error.message[0], "what is not pinned cannot be unpinned: %s", error.message);
-    ok(!guestmemfd_backend_unpin(backend, PAGE - 1, 2, &error) &&
-       guestmemfd_vm_map_gpa_range(vm, PAGE, 1, 0x10, &error) == 0,
-       "it does once it has been unpinned");
-    ok(guestmemfd_backend_pin(backend, 0, 2 * PAGE, &error) == -EACCES &&
-       error.message[0], "a private page is not pinned: %s", error.message);
-    ok(!guestmemfd_backend_pin(backend, 0, 1, &error) &&
-       !guestmemfd_backend_unpin(backend, 0, 1, &error),
-       "nor is anything of such a request");
-    ok(guestmemfd_backend_pin(backend, SIZE, 1, &error) == -EINVAL &&
-       guestmemfd_backend_unpin(backend, UINT64_MAX, 2, &error) == -EINVAL &&
-       guestmemfd_backend_pin(NULL, 0, 1, &error) == -EINVAL &&
-       guestmemfd_backend_pin(backend, 0, 0, &error) == -EINVAL,
-       "pages outside of the backend are refused");
+    check(!guestmemfd_backend_new(vm, &config, &backend, &error) &&
+          !guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error),
+          "a backend whose conversions wait 10 ms");
+    check(!guestmemfd_backend_pin(backend, PAGE - 1, 2, &error),
+          "two bytes pin the two pages that they lie in");
+    check(guestmemfd_vm_map_gpa_range(vm, PAGE, 1, 0x10, &error) == -EBUSY &&
+          strstr(error.message, "10ms"),
+          "a pinned page does not become private, and the message says how long it was tried");
+    check(!guestmemfd_vm_memory_fault(vm, PAGE, PAGE, true, &error) &&
+          stats_of(backend).private_bytes == 0 && stats_of(backend).waits == 2,
+          "a memory fault waits, and can come again");
+    check(guestmemfd_backend_unpin(backend, 0, 3 * PAGE, &error) == -EINVAL &&
+          error.message[0],
+          "what is not pinned cannot be unpinned");
+    check(!guestmemfd_backend_unpin(backend, PAGE - 1, 2, &error) &&
+          !guestmemfd_vm_map_gpa_range(vm, PAGE, 1, 0x10, &error),
+          "an unpinned page becomes private");
+    check(guestmemfd_backend_pin(backend, 0, 2 * PAGE, &error) == -EACCES &&
+          error.message[0],
+          "a private page is not pinned");
+    check(guestmemfd_backend_unpin(backend, 0, PAGE, &error) == -EINVAL,
+          "nor is any other page of such a request");
+    check(guestmemfd_backend_pin(backend, SIZE, 1, &error) == -EINVAL &&
+          guestmemfd_backend_unpin(backend, UINT64_MAX, 2, &error) == -EINVAL &&
+          guestmemfd_backend_pin(NULL, 0, 1, &error) == -EINVAL &&
+          guestmemfd_backend_pin(backend, 0, 0, &error) == -EINVAL,
+          "pages outside of the backend are refused");
 
     guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
     guestmemfd_backend_free(backend);
