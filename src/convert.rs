@@ -49,6 +49,19 @@ enum Tried {
     Pinned(Run),
 }
 
+/// Can pages of this window be private?
+fn check_private(backend: &Backend, window: &Window) -> Result<()> {
+    let guest = window.guest;
+    match backend.mode() {
+        Mode::Mapped => Err(Error::NeverPrivate {
+            guest,
+            backend: backend.config().name.clone(),
+        }),
+        Mode::Private if !window.bound => Err(Error::Unbound { guest }),
+        Mode::Private => Ok(()),
+    }
+}
+
 impl Vm {
     /// Makes the pages of a range of guest physical space private or shared. Returns how many pages
     /// have changed.
@@ -152,14 +165,11 @@ impl Vm {
                 Neighbours::Stay => None,
                 Neighbours::GoAlong => self.undecided_around(guest),
             };
-            let mut wanted: Few<_> = windows.iter().map(|w| (w.backend, w.file)).collect();
-            wanted.extend(along.iter().map(|(backend, pages)| (backend.id(), *pages)));
+            let wanted = windows.iter().chain(&along);
+            let wanted = wanted.map(|(backend, pages)| (backend.id(), *pages));
+            let wanted = wanted.collect();
             Ok(((windows, along), wanted))
         })?;
-        let windows = windows
-            .iter()
-            .filter_map(|w| Some((self.backend(w.backend)?, w.file)))
-            .collect();
         Ok(Claimed {
             windows,
             along,
@@ -197,7 +207,8 @@ impl Vm {
         Some((backend, pages))
     }
 
-    fn check(&self, parts: &[Part], to: View) -> Result<Few<Window>> {
+    /// Checks all parts of a request; returns those that backends own.
+    fn check(&self, parts: &[Part], to: View) -> Result<Few<(Arc<Backend>, FilePages)>> {
         let mut windows = Few::new();
         for part in parts {
             match *part {
@@ -207,27 +218,18 @@ impl Vm {
                     source,
                 })?,
                 Part::Window(window) => {
+                    // A backend outlives its windows.
+                    let Some(backend) = self.backend(window.backend) else {
+                        continue;
+                    };
                     if to == View::Private {
-                        self.check_private(&window)?;
+                        check_private(&backend, &window)?;
                     }
-                    windows.push(window);
+                    windows.push((backend, window.file));
                 }
             }
         }
         Ok(windows)
-    }
-
-    /// Can pages of this window be private?
-    fn check_private(&self, window: &Window) -> Result<()> {
-        let guest = window.guest;
-        match self.backend(window.backend) {
-            Some(mapped) if mapped.mode() == Mode::Mapped => Err(Error::NeverPrivate {
-                guest,
-                backend: mapped.config().name.clone(),
-            }),
-            _ if !window.bound => Err(Error::Unbound { guest }),
-            _ => Ok(()),
-        }
     }
 
     fn to_private(&self, moves: &mut Moves, told: &Told<'_>) -> Result<()> {
