@@ -82,11 +82,14 @@ impl Vm {
         if self.is_already(guest, to) {
             return Ok(0);
         }
-        let start = Instant::now();
+        let mut first_wait = None;
         loop {
             match self.try_convert(guest, to, neighbours)? {
                 Tried::Done(pages) => return Ok(pages),
-                Tried::Pinned(pinned) => self.wait_for_pins(guest, &pinned, start)?,
+                Tried::Pinned(pinned) => {
+                    let start = *first_wait.get_or_insert_with(Instant::now);
+                    self.wait_for_pins(guest, &pinned, start)?;
+                }
             }
         }
     }

@@ -77,6 +77,10 @@ impl<S: Copy> PageSet<S> {
 
     /// The first range of the set that has pages from `start` up to but not including `end`.
     fn first_from(&self, start: u64, end: u64) -> Option<(u64, u64)> {
+        // Mostly there is nothing, and to look for it in a tree costs more than to know it.
+        if self.ranges.is_empty() {
+            return None;
+        }
         let before = self.ranges.range(..start).next_back();
         let before = before.filter(|(_, its_end)| **its_end > start);
         let found = before.or_else(|| self.ranges.range(start..end).next());
