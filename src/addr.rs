@@ -57,7 +57,7 @@ pub enum RangeError {
     },
 }
 
-/// A list of what a request is about: mostly one or two, for which it needs no allocation.
+/// A list of what a request is about: mostly one thing, for which it needs no allocation.
 pub(crate) type Few<T> = smallvec::SmallVec<[T; 1]>;
 
 /// A range of pages in one space: not empty, half open, in page numbers.

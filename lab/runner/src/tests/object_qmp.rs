@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Objects made, refused, changed and removed while QEMU runs: it stays alive and keeps nothing.
 
+use std::thread;
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
@@ -15,6 +18,9 @@ use crate::vm::{BACKEND, Vm};
 /// Times that objects are made in a loop: blocks of rounds.
 const BLOCKS: usize = 4;
 const ROUNDS: usize = 100;
+
+/// How long nothing is freed before all is: QEMU collects for a while what RCU is to free.
+const SETTLE: Duration = Duration::from_millis(200);
 
 /// Bytes that a block of rounds may leave.
 const LEAK: u64 = 32 << 10;
@@ -162,12 +168,12 @@ fn add_and_delete_mapped(context: &Context) -> Result<()> {
 fn leaks_nothing(qemu: &mut Qemu, round: impl Fn(&mut Qemu, usize) -> Result<()>) -> Result<()> {
     // The first rounds fill caches and arenas.
     (0..20).try_for_each(|n| round(qemu, n))?;
-    let first = Holdings::of(qemu.pid())?;
+    let first = settled(qemu)?;
     let mut last = first;
     let mut growths = Vec::new();
     for _ in 0..BLOCKS {
         (0..ROUNDS).try_for_each(|n| round(qemu, n))?;
-        let now = Holdings::of(qemu.pid())?;
+        let now = settled(qemu)?;
         growths.push(now.anonymous.saturating_sub(last.anonymous));
         last = now;
     }
@@ -192,6 +198,19 @@ fn leaks_nothing(qemu: &mut Qemu, round: impl Fn(&mut Qemu, usize) -> Result<()>
         "every {ROUNDS} rounds anonymous memory grows: by {growths:?} bytes"
     );
     Ok(())
+}
+
+/// What QEMU holds once it has freed what RCU keeps for a while after its deletion.
+fn settled(qemu: &Qemu) -> Result<Holdings> {
+    let mut before = Holdings::of(qemu.pid())?;
+    loop {
+        thread::sleep(SETTLE);
+        let now = Holdings::of(qemu.pid())?;
+        if (now.fds, now.mappings) == (before.fds, before.mappings) {
+            return Ok(now);
+        }
+        before = now;
+    }
 }
 
 /// Lets QEMU have a few descriptors more than it has, one more each time: every call that makes one
