@@ -33,7 +33,8 @@ pub(crate) fn plain_guest(ctx: &Context, step: &Step) -> Result<PathBuf> {
     let mut command = cargo(ctx);
     command
         .env("RUSTFLAGS", "-Ctarget-feature=-sse,-sse2,-mmx")
-        .env("CARGO_TARGET_DIR", ctx.root.join("target/plain"));
+        .env("CARGO_TARGET_DIR", ctx.root.join("target/plain"))
+        .arg("build");
     build_with(
         ctx,
         step,
@@ -54,6 +55,13 @@ pub(crate) fn floor(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build(ctx, step, "guestmemfd-floor", "release", "guestmemfd-floor")
 }
 
+/// The library's example.
+pub(crate) fn example(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    let mut command = cargo(ctx);
+    command.args(["build", "--example", "vmm"]);
+    build_with(ctx, step, command, "guestmemfd", "release", "vmm")
+}
+
 /// Builds a package and returns the artifact with this file name.
 fn build(
     ctx: &Context,
@@ -62,7 +70,9 @@ fn build(
     profile: &str,
     artifact: &str,
 ) -> Result<PathBuf> {
-    build_with(ctx, step, cargo(ctx), package, profile, artifact)
+    let mut command = cargo(ctx);
+    command.arg("build");
+    build_with(ctx, step, command, package, profile, artifact)
 }
 
 fn build_with(
@@ -74,11 +84,11 @@ fn build_with(
     artifact: &str,
 ) -> Result<PathBuf> {
     step.say(format_args!("building {artifact}"));
-    command.args(["build", "--package", package, "--profile", profile]);
+    command.args(["--package", package, "--profile", profile]);
     command.arg("--message-format=json-render-diagnostics");
     let mut found = None;
     Job::new(format!("building {artifact}"), command)
-        .log(&ctx.log(&format!("cargo-{package}")))
+        .log(&ctx.log(&format!("cargo-{artifact}")))
         .follow(|line| found = artifact_in(line, artifact).or(found.take()))
         .run()?;
     found.with_context(|| format!("cargo built no {artifact} in package {package}"))

@@ -13,9 +13,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, load_cmdline};
-use vm_memory::GuestAddress;
-
-use crate::memory::Memory;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x7000;
@@ -30,24 +28,29 @@ const DATA: u16 = 0x10;
 /// Protection on, paging off; the coprocessor is an x87.
 const CR0: u64 = 0x11;
 
-/// Puts the guest into memory, and what it is told. Returns where it is entered.
-pub(crate) fn load(memory: &Memory, guest: &Path, append: &str) -> Result<u64> {
+/// Puts the guest into memory, and what it is told: its command line, and where there is RAM (first
+/// byte and bytes of each range). Returns where it is entered.
+pub fn load(
+    memory: &impl GuestMemoryBackend,
+    ram: &[(u64, u64)],
+    guest: &Path,
+    append: &str,
+) -> Result<u64> {
     let mut file = File::open(guest).with_context(|| format!("cannot open {}", guest.display()))?;
-    let loaded = Elf::load(&memory.shared_view, None, &mut file, None)
+    let loaded = Elf::load(memory, None, &mut file, None)
         .with_context(|| format!("cannot load {}", guest.display()))?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         bail!("{} has no PVH entry note", guest.display());
     };
     let mut line = Cmdline::new(MOST_COMMAND_LINE)?;
     line.insert_str(append)?;
-    load_cmdline(&memory.shared_view, GuestAddress(COMMAND_LINE), &line)?;
+    load_cmdline(memory, GuestAddress(COMMAND_LINE), &line)?;
 
-    let map: Vec<_> = memory
-        .windows
+    let map: Vec<_> = ram
         .iter()
-        .map(|window| hvm_memmap_table_entry {
-            addr: window.gpa,
-            size: window.size,
+        .map(|&(addr, size)| hvm_memmap_table_entry {
+            addr,
+            size,
             type_: RAM,
             reserved: 0,
         })
@@ -62,12 +65,12 @@ pub(crate) fn load(memory: &Memory, guest: &Path, append: &str) -> Result<u64> {
     };
     let mut parameters = BootParams::new(&info, GuestAddress(START_INFO));
     parameters.set_sections(&map, GuestAddress(MEMORY_MAP));
-    PvhBootConfigurator::write_bootparams(&parameters, &memory.shared_view)?;
+    PvhBootConfigurator::write_bootparams(&parameters, memory)?;
     Ok(entry.0)
 }
 
 /// 32-bit protected mode with flat segments, and %ebx at the start info.
-pub(crate) fn enter(vcpu: &VcpuFd, entry: u64) -> Result<()> {
+pub fn enter(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     let mut special = vcpu.get_sregs().context("KVM_GET_SREGS")?;
     special.cs = flat(CODE, 0xb);
     for segment in [&mut special.ds, &mut special.es, &mut special.ss] {

@@ -4,7 +4,6 @@
 //! safety asks for. It keeps no state, knows no devices but a serial port, and runs the conformance
 //! guest with `bench=`.
 
-mod boot;
 mod memory;
 mod vm;
 

@@ -13,8 +13,10 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
+use guestmemfd_floor::boot;
+
+use crate::Options;
 use crate::memory::{Memory, PAGE};
-use crate::{Options, boot};
 
 const MAP_GPA_RANGE: u64 = 12;
 const ENCRYPTED: u64 = 1 << 4;
@@ -45,7 +47,8 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
 
     let memory = Memory::new(&vm, options)?;
-    let entry = boot::load(&memory, &options.guest, &options.append)?;
+    let ram: Vec<_> = memory.windows.iter().map(|w| (w.gpa, w.size)).collect();
+    let entry = boot::load(&memory.shared_view, &ram, &options.guest, &options.append)?;
     let vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;

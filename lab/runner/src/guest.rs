@@ -10,7 +10,7 @@ use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::tap::Tap;
 
 /// QEMU's exit status after a guest that is content wrote 0x10 to isa-debug-exit.
-const CONTENT: i32 = 33;
+pub(crate) const CONTENT: i32 = 33;
 
 /// Lets the paused guest run until it ends; QEMU stays, paused, and answers QMP.
 pub(crate) fn run(qemu: &mut Qemu, limit: Duration) -> Result<()> {

@@ -22,6 +22,9 @@ use super::report::{CargoTest, MesonTest, Tally, Tap};
 /// How long a whole run of the runner may take.
 const RUNNER_LIMIT: Duration = Duration::from_secs(45 * 60);
 
+/// Where level 1 has the library's example.
+const VMM: &str = "/run/lab/vmm";
+
 /// How long other tests may take.
 const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
 
@@ -63,10 +66,10 @@ impl<'a> Bench<'a> {
     }
 
     /// The arguments of the runner's `test`.
-    fn runner_words(&self, runner: &str, paths: Vec<String>, out: &str) -> Vec<String> {
+    fn runner_words(&self, runner: &str, paths: Vec<String>, vmm: &str, out: &str) -> Vec<String> {
         let mut words = vec![runner.to_owned(), "test".to_owned()];
         words.extend(paths);
-        words.extend(["--out".to_owned(), out.to_owned()]);
+        words.extend(["--vmm", vmm, "--out", out].map(str::to_owned));
         if let Some(filter) = &self.filter {
             words.extend(["--filter".to_owned(), filter.clone()]);
         }
@@ -219,6 +222,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
     let qemu = bench.qemu(step)?;
     let guest = cargo::plain_guest(bench.ctx, step)?;
     let runner = cargo::runner(bench.ctx, step)?;
+    let vmm = cargo::example(bench.ctx, step)?;
     let firmware = image::firmware(bench.ctx)?;
     let out = bench.ctx.scratch().join("machine");
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -230,7 +234,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
     ];
     let mut paths: Vec<String> = paths.iter().map(|word| (*word).to_owned()).collect();
     paths.extend(["--guest".to_owned(), text(&guest)]);
-    let words = bench.runner_words(&text(&runner), paths, &text(&out));
+    let words = bench.runner_words(&text(&runner), paths, &text(&vmm), &text(&out));
     step.say("running");
     let mut tap = Tap::default();
     let outcome = Job::new("the runner", command(&words[0], &words[1..]))
@@ -244,11 +248,12 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
 pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
     let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
+    let vmm = cargo::example(ctx, step)?;
     let logs = ctx.scratch().join("lab");
     cache::remove(&logs)?;
     fs::create_dir_all(&logs)?;
     // Sockets cannot lie in a folder of the host, so the logs are copied there.
-    let runner = bench.runner_words(RUNNER, runner_paths().into(), "/tmp/test");
+    let runner = bench.runner_words(RUNNER, runner_paths().into(), VMM, "/tmp/test");
     let script = format!(
         "{}\nstatus=$?\ncp -r /tmp/test/. /host/\nexit $status\n",
         quote(runner)
@@ -259,6 +264,7 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         share: Some(logs),
         memory: memory_for(0),
         limit: Some(RUNNER_LIMIT),
+        programs: vec![vmm],
         ..Task::default()
     };
     step.say("running");

@@ -6,6 +6,7 @@ mod guests;
 mod host;
 mod hostile;
 mod large;
+mod library;
 mod mapped;
 mod mapped_devices;
 mod mapped_migration;
@@ -40,6 +41,8 @@ const GUEST_LIMIT: Duration = Duration::from_secs(300);
 pub(crate) struct Options {
     #[command(flatten)]
     files: Files,
+    #[command(flatten)]
+    programs: library::Programs,
     /// Only tests whose name contains this
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
@@ -128,7 +131,7 @@ impl Context {
     }
 }
 
-fn all() -> Vec<Test> {
+fn all(options: &Options) -> Vec<Test> {
     [
         query::tests(),
         object::tests(),
@@ -143,6 +146,7 @@ fn all() -> Vec<Test> {
         host::tests(),
         large::tests(),
         no_memory::tests(),
+        library::tests(&options.programs),
         ordinary_vms(),
     ]
     .into_iter()
@@ -166,7 +170,7 @@ pub(crate) fn run(options: &Options) -> bool {
         Some(text) => test.name.contains(text.as_str()),
         None => true,
     };
-    let tests: Vec<Test> = all().into_iter().filter(wanted).collect();
+    let tests: Vec<Test> = all(options).into_iter().filter(wanted).collect();
     if options.list {
         for test in &tests {
             println!("{} {:?}", test.name, test.needs);
