@@ -3,7 +3,7 @@
 
 use crate::plan::{self, Plan};
 use crate::{apic, cpu, fwcfg, interrupts, memmap, paging, scenarios, serial, smp, tap};
-use guestmemfd_guest::cmdline::Options;
+use guestmemfd_guest::cmdline::{Bench, Options};
 
 /// Bytes of stack of a CPU.
 pub(crate) const STACK_SIZE: usize = 32 << 10;
@@ -47,7 +47,12 @@ pub(crate) extern "C" fn boot_cpu(_cpu: u32, start_info: u32) -> ! {
     paging::init();
     if let Some(bench) = options.bench {
         // Measured without interrupts and without a device but the serial port, so that the same
-        // program runs on a hypervisor that has little else.
+        // program runs on a hypervisor that has little else; several CPUs need an APIC.
+        if bench == Bench::Scale {
+            apic::init();
+            apic::start_watchdog(options.timeout);
+            smp::start_others(options.smp.unwrap_or(1));
+        }
         let success = scenarios::bench::run(bench, &options, &map);
         tap::end();
         cpu::finish(success);
@@ -58,7 +63,14 @@ pub(crate) extern "C" fn boot_cpu(_cpu: u32, start_info: u32) -> ! {
     if let Err(error) = fwcfg::probe() {
         tap::bail_out(format_args!("{error}"));
     }
-    smp::start_others();
+    match fwcfg::cpus() {
+        Ok(cpus @ 1..=cpu::MAX_CPUS) => smp::start_others(cpus),
+        Ok(cpus) => tap::bail_out(format_args!(
+            "{cpus} CPUs: use -smp with 1 to {}",
+            cpu::MAX_CPUS
+        )),
+        Err(error) => tap::bail_out(format_args!("{error}")),
+    }
     let plan = match Plan::new(options, &map) {
         Ok(plan) => plan,
         Err(error) => tap::bail_out(format_args!("{error}")),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The command line: words of the form `key=value`.
 
+pub use crate::measure::Bench;
 use core::fmt;
 use core::num::ParseIntError;
 
@@ -101,44 +102,6 @@ impl Scenario {
             Self::Reporting => "reporting",
             Self::Disk => "disk",
             Self::Device => "device",
-        }
-    }
-}
-
-/// What the guest measures, in place of scenarios.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bench {
-    /// Nothing: says that it has started, and ends.
-    Start,
-    /// Conversions by hypercall.
-    Request,
-    /// A few of those, quickly.
-    Check,
-    /// Conversions by touching memory.
-    Fault,
-    /// Nothing: converts most of its memory twice, for whoever counts the host's memory.
-    Twice,
-}
-
-impl Bench {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Start,
-        Self::Request,
-        Self::Check,
-        Self::Fault,
-        Self::Twice,
-    ];
-
-    /// The name on the command line.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Start => "start",
-            Self::Request => "request",
-            Self::Check => "check",
-            Self::Fault => "fault",
-            Self::Twice => "twice",
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, CpuidResult};
+use guestmemfd_guest::marks::Mark;
 
 /// How many CPUs the guest has room for.
 pub(crate) const MAX_CPUS: usize = 16;
@@ -88,6 +89,24 @@ pub(crate) fn go_round(rounds: u64) {
     unsafe {
         asm!("2:", "dec {0}", "jnz 2b", inout(reg) rounds.max(1) => _, options(nomem, nostack));
     }
+}
+
+/// Comes to a mark, which does nothing.
+#[inline(never)]
+pub(crate) fn mark(mark: Mark) {
+    macro_rules! one_of {
+        ($number:expr, $($each:literal)*) => {
+            match $number {
+                // SAFETY: the instruction does nothing.
+                $($each => unsafe {
+                    asm!(concat!("nop dword ptr [rax + ", $each, "]"), options(nostack, preserves_flags));
+                })*
+                _ => {}
+            }
+        };
+    }
+    one_of!(mark.number(), 0x40 0x41 0x48 0x49 0x4a 0x4b 0x4c 0x4d 0x4e 0x4f
+        0x50 0x51 0x52 0x53 0x54 0x55 0x56 0x57);
 }
 
 /// Reads a model-specific register.

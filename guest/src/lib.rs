@@ -9,6 +9,8 @@
 pub mod cmdline;
 pub mod hostile;
 pub mod layout;
+pub mod marks;
+pub mod measure;
 pub mod model;
 pub mod pattern;
 pub mod samples;

@@ -4,7 +4,7 @@
 use crate::cpu::MAX_CPUS;
 use crate::plan::{self, Plan};
 use crate::scenarios::{self, Scenario};
-use crate::{apic, cpu, fwcfg, interrupts, tap};
+use crate::{apic, cpu, interrupts, tap};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 /// A page below 1 MiB that the firmware has finished with.
@@ -20,17 +20,14 @@ unsafe extern "C" {
 static ONLINE: AtomicUsize = AtomicUsize::new(1);
 /// Which round of work is on, and what it is. A round begins when the number changes.
 static ROUND: AtomicUsize = AtomicUsize::new(0);
+/// `WORK` is a scenario's number, or this.
+const MEASURE: usize = usize::MAX;
 static WORK: AtomicUsize = AtomicUsize::new(0);
 /// The last round that each CPU has finished.
 static FINISHED: [AtomicUsize; MAX_CPUS] = [const { AtomicUsize::new(0) }; MAX_CPUS];
 
-/// Starts all other CPUs and waits until they are there.
-pub(crate) fn start_others() {
-    let cpus = match fwcfg::cpus() {
-        Ok(cpus @ 1..=MAX_CPUS) => cpus,
-        Ok(cpus) => tap::bail_out(format_args!("{cpus} CPUs: use -smp with 1 to {MAX_CPUS}")),
-        Err(error) => tap::bail_out(format_args!("{error}")),
-    };
+/// Starts all other CPUs and waits until there are so many.
+pub(crate) fn start_others(cpus: usize) {
     if cpus == 1 {
         return;
     }
@@ -44,7 +41,7 @@ pub(crate) fn start_others() {
     // A second start-up request reaches only those that have missed the first.
     for _ in 0..2 {
         apic::send_start_up(TRAMPOLINE);
-        if sleep_until(apic::ticks() + PATIENCE / 2, || online() == cpus) {
+        if sleep_until(apic::ticks() + PATIENCE / 2, || online() >= cpus) {
             return;
         }
     }
@@ -70,11 +67,12 @@ pub(crate) extern "C" fn other_cpu(cpu: u32) -> ! {
             continue;
         }
         seen = round;
-        let scenario = Scenario::ALL[WORK.load(Ordering::Relaxed)];
-        if let Some(plan) = plan::published()
-            && cpu < plan.cpus
-        {
-            scenarios::run_on_this_cpu(plan, scenario, cpu);
+        match (WORK.load(Ordering::Relaxed), plan::published()) {
+            (MEASURE, _) => scenarios::scale::on_this_cpu(cpu),
+            (work, Some(plan)) if cpu < plan.cpus => {
+                scenarios::run_on_this_cpu(plan, Scenario::ALL[work], cpu);
+            }
+            _ => {}
         }
         FINISHED[cpu].store(round, Ordering::Release);
     }
@@ -82,10 +80,21 @@ pub(crate) extern "C" fn other_cpu(cpu: u32) -> ! {
 
 /// Runs a scenario on all CPUs that take part, and waits for the last.
 pub(crate) fn run(plan: &'static Plan, scenario: Scenario) {
-    WORK.store(scenario as usize, Ordering::Relaxed);
+    round(scenario as usize, plan.cpus, || {
+        scenarios::run_on_this_cpu(plan, scenario, 0);
+    });
+}
+
+/// Measures on so many CPUs, and waits for the last.
+pub(crate) fn measure(cpus: usize) {
+    round(MEASURE, cpus, || scenarios::scale::on_this_cpu(0));
+}
+
+fn round(work: usize, cpus: usize, of_this_cpu: impl FnOnce()) {
+    WORK.store(work, Ordering::Relaxed);
     let round = ROUND.fetch_add(1, Ordering::Release) + 1;
-    scenarios::run_on_this_cpu(plan, scenario, 0);
-    for finished in &FINISHED[1..plan.cpus] {
+    of_this_cpu();
+    for finished in &FINISHED[1..cpus] {
         // The watchdog ends a wait that has no end.
         while finished.load(Ordering::Acquire) != round {
             cpu::wait();

@@ -62,6 +62,17 @@ pub(crate) fn example(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build_with(ctx, step, command, "guestmemfd", "release", "vmm")
 }
 
+/// The plugin that watches the emulated CPU.
+pub(crate) fn plugin(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    build(
+        ctx,
+        step,
+        "guestmemfd-plugin",
+        "release",
+        "libguestmemfd_plugin.so",
+    )
+}
+
 /// Builds a package and returns the artifact with this file name.
 fn build(
     ctx: &Context,

@@ -52,6 +52,8 @@ pub(crate) struct Task {
     pub(crate) limit: Option<Duration>,
     /// Level 1's clocks count instructions: 1 ns each. It then has one CPU.
     pub(crate) count_instructions: bool,
+    /// A plugin for the outer QEMU, with its options.
+    pub(crate) plugin: Option<String>,
     /// More programs for `/run/lab`.
     pub(crate) programs: Vec<PathBuf>,
     /// The log's name, where several tasks run at once.
@@ -172,6 +174,9 @@ impl Lab {
             true => ("tcg,thread=single", 1),
             false => ("tcg,thread=multi", ctx.jobs.clamp(2, 4)),
         };
+        if let Some(plugin) = &task.plugin {
+            qemu.args(["-plugin", plugin]);
+        }
         if task.count_instructions {
             qemu.args(["-icount", "shift=0,sleep=off"]);
         } else {

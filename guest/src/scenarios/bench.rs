@@ -6,20 +6,24 @@
 //! reported: work that one hypervisor does at once and another when a page is touched must not
 //! look like work saved.
 
+use super::scale;
 use crate::{cpu, hypercall, memmap, paging, tap};
 use core::ops::Range;
 use guestmemfd_guest::PAGE_SIZE;
 use guestmemfd_guest::cmdline::{Bench, Options};
 use guestmemfd_guest::layout;
+use guestmemfd_guest::marks::Mark;
 use guestmemfd_guest::model::Intent::{self, Private, Shared};
 use guestmemfd_guest::samples::Samples;
 use spin::Mutex;
 
 /// Pages of the memory that is converted: 96 MiB.
-const PAGES: usize = 96 << 20 >> 12;
+pub(super) const PAGES: usize = 96 << 20 >> 12;
 const TWO_MIB: u64 = 2 << 20;
 /// How often a loop of known length goes round.
 const ROUNDS: u64 = 1_000_000;
+/// How long work that was put off may take: longer than the backend puts any off.
+const SETTLE_ROUNDS: u64 = 20 * ROUNDS;
 /// How often an exit that changes nothing is measured.
 const EXITS: usize = 64;
 /// How many requests for what is already so are measured.
@@ -31,31 +35,64 @@ const IDLE_PORT: u16 = 0x80;
 /// No request has this attribute.
 const UNKNOWN_ATTRIBUTE: u64 = 1 << 40;
 
+/// Parts of a measurement.
+#[derive(Clone, Copy)]
+enum Part {
+    Request,
+    Touch,
+    /// The same request again.
+    Repeat,
+    /// What others do after all requests, while the guest idles.
+    Later,
+}
+
+const PARTS: [(Part, &str); 4] = [
+    (Part::Request, "request"),
+    (Part::Touch, "touch"),
+    (Part::Repeat, "repeat"),
+    (Part::Later, "later"),
+];
+
 /// What was measured in one direction.
 struct Meter {
-    requests: Samples,
-    touches: Samples,
-    repeated: Samples,
+    samples: [Samples; PARTS.len()],
+    /// The first kind of its marks.
+    kinds: u8,
 }
 
 impl Meter {
-    const fn new() -> Self {
+    const fn new(kinds: u8) -> Self {
         Self {
-            requests: Samples::new(),
-            touches: Samples::new(),
-            repeated: Samples::new(),
+            samples: [const { Samples::new() }; PARTS.len()],
+            kinds,
         }
+    }
+
+    fn add(&mut self, part: Part, value: u64) {
+        cpu::mark(Mark::End(self.kinds + part as u8));
+        self.samples[part as usize].add(value);
     }
 
     fn forget(&mut self) {
-        for samples in [&mut self.requests, &mut self.touches, &mut self.repeated] {
-            samples.clear();
-        }
+        self.samples.iter_mut().for_each(Samples::clear);
+    }
+
+    /// A line for programs, if there is anything. `units` is what each sample is to be divided by.
+    fn line(&mut self, of: Part, row: &str, direction: &str, part: &str, units: u64) {
+        let Some(all) = self.samples[of as usize].take() else {
+            return;
+        };
+        cpu::mark(Mark::Take(self.kinds + of as u8));
+        tap::note(format_args!(
+            "measured row={row} direction={direction} part={part} units={units} samples={} \
+             total={} least={} median={} p99={} most={}",
+            all.count, all.total, all.least, all.median, all.p99, all.most
+        ));
     }
 }
 
-static TO_PRIVATE: Mutex<Meter> = Mutex::new(Meter::new());
-static TO_SHARED: Mutex<Meter> = Mutex::new(Meter::new());
+static TO_PRIVATE: Mutex<Meter> = Mutex::new(Meter::new(0));
+static TO_SHARED: Mutex<Meter> = Mutex::new(Meter::new(PARTS.len() as u8));
 
 /// Requests of one size, spread over the memory.
 struct Case {
@@ -122,7 +159,7 @@ impl Case {
 
 /// The memory that is converted.
 #[derive(Clone, Copy)]
-struct Memory {
+pub(super) struct Memory {
     start: u64,
     /// Set in an address, it selects the shared view.
     shared_mask: u64,
@@ -146,8 +183,9 @@ impl Memory {
     }
 
     /// Asks for a conversion, and returns how long it took.
-    fn request(self, pages: Range<usize>, intent: Intent) -> u64 {
+    pub(super) fn request(self, pages: Range<usize>, intent: Intent) -> u64 {
         let gpa = self.start + pages.start as u64 * PAGE_SIZE;
+        cpu::mark(Mark::Begin);
         let before = cpu::timestamp();
         let result =
             hypercall::map_gpa_range(gpa, pages.len() as u64, hypercall::attributes(intent));
@@ -162,11 +200,12 @@ impl Memory {
     }
 
     /// Writes to every page through a view, and returns how long it took.
-    fn touch(self, pages: Range<usize>, intent: Intent) -> u64 {
+    pub(super) fn touch(self, pages: Range<usize>, intent: Intent) -> u64 {
         let mask = match intent {
             Private => 0,
             Shared => self.shared_mask,
         };
+        cpu::mark(Mark::Begin);
         let before = cpu::timestamp();
         for page in pages {
             let at = (self.start + page as u64 * PAGE_SIZE) | mask;
@@ -199,47 +238,72 @@ pub(crate) fn run(bench: Bench, options: &Options, map: &memmap::Map) -> bool {
     };
     match bench {
         Bench::Start => {}
-        Bench::Request => requests(memory, &CASES),
-        Bench::Check => requests(memory, &CHECK_CASES),
+        Bench::Request => requests(memory, &CASES, true),
+        Bench::Check => requests(memory, &CHECK_CASES, false),
         Bench::Fault => faults(memory),
         Bench::Twice => twice(memory),
+        Bench::Touch => first_touches(memory, "ordinary-touch-4k", "none"),
+        Bench::Scale => scale::run(memory, options.smp.unwrap_or(1)),
     }
     tap::note(format_args!("bench={} done", bench.name()));
     true
 }
 
-fn requests(memory: Memory, cases: &[Case]) {
+/// With `settle`, work that was put off counts too.
+fn requests(memory: Memory, cases: &[Case], settle: bool) {
     unit();
     exits();
+    let quiet = settle.then(quiet);
     for case in cases {
         measure(case, |case, meter, intent| {
-            by_request(memory, case, meter, intent)
-        });
-    }
-}
-
-fn faults(memory: Memory) {
-    unit();
-    first_touches(memory);
-    for case in &FAULT_CASES {
-        measure(case, |case, meter, intent| {
-            for start in case.starts() {
-                meter
-                    .touches
-                    .add(memory.touch(start..start + case.pages, intent));
+            by_request(memory, case, meter, intent);
+            if let Some(quiet) = quiet {
+                meter.add(Part::Later, idle().saturating_sub(quiet));
             }
         });
     }
 }
 
-/// Touches, through the private view and in order, pages for which nobody has chosen a view.
-fn first_touches(memory: Memory) {
-    let samples = &mut TO_PRIVATE.lock().touches;
+/// How long idling takes when nothing was put off.
+fn quiet() -> u64 {
+    let mut meter = TO_PRIVATE.lock();
+    let took = idle();
+    meter.add(Part::Later, took);
+    meter.line(Part::Later, "quiet", "none", "idle", 1);
+    took
+}
+
+/// Does nothing, and returns how long that took: what others did meanwhile is in it.
+fn idle() -> u64 {
+    cpu::mark(Mark::Begin);
+    let before = cpu::timestamp();
+    cpu::go_round(SETTLE_ROUNDS);
+    cpu::timestamp() - before
+}
+
+fn faults(memory: Memory) {
+    unit();
+    first_touches(memory, "fault-first-4k", "private");
+    let quiet = quiet();
+    for case in &FAULT_CASES {
+        measure(case, |case, meter, intent| {
+            for start in case.starts() {
+                let pages = start..start + case.pages;
+                meter.add(Part::Touch, memory.touch(pages, intent));
+            }
+            meter.add(Part::Later, idle().saturating_sub(quiet));
+        });
+    }
+}
+
+/// Touches in order pages that nobody has touched, and for which nobody has chosen a view.
+fn first_touches(memory: Memory, row: &str, direction: &str) {
+    let mut meter = TO_PRIVATE.lock();
     // From the end of the memory; the other cases begin at its start.
     for page in PAGES - SEQUENCE..PAGES {
-        samples.add(memory.touch(page..page + 1, Private));
+        meter.add(Part::Touch, memory.touch(page..page + 1, Private));
     }
-    line("fault-first-4k", "private", "touch", 1, samples);
+    meter.line(Part::Touch, row, direction, "touch", 1);
 }
 
 fn twice(memory: Memory) {
@@ -257,40 +321,52 @@ fn measure(case: &Case, convert: impl Fn(&Case, &mut Meter, Intent)) {
         convert(case, &mut to_private, Private);
         convert(case, &mut to_shared, Shared);
         if round == 0 {
+            cpu::mark(Mark::Forget);
             to_private.forget();
             to_shared.forget();
         }
     }
     for (meter, direction) in [(&mut to_private, "private"), (&mut to_shared, "shared")] {
-        report(case, direction, "request", &mut meter.requests);
-        report(case, direction, "touch", &mut meter.touches);
-        report(case, direction, "repeat", &mut meter.repeated);
+        for (part, name) in PARTS {
+            let places = match part {
+                Part::Later => case.places,
+                _ => 1,
+            };
+            meter.line(
+                part,
+                case.name,
+                direction,
+                name,
+                (places * case.pages) as u64,
+            );
+        }
     }
 }
 
 fn by_request(memory: Memory, case: &Case, meter: &mut Meter, intent: Intent) {
     for start in case.starts() {
         let pages = start..start + case.pages;
-        meter.requests.add(memory.request(pages.clone(), intent));
+        meter.add(Part::Request, memory.request(pages.clone(), intent));
         if case.touch {
-            meter.touches.add(memory.touch(pages, intent));
+            meter.add(Part::Touch, memory.touch(pages, intent));
         }
     }
     for start in case.starts().take(REPEATS) {
         let pages = start..start + case.pages;
-        meter.repeated.add(memory.request(pages, intent));
+        meter.add(Part::Repeat, memory.request(pages, intent));
     }
 }
 
 /// What the time-stamp counter counts: a loop of known length.
 fn unit() {
-    let samples = &mut TO_PRIVATE.lock().requests;
+    let mut meter = TO_PRIVATE.lock();
     for _ in 0..3 {
+        cpu::mark(Mark::Begin);
         let before = cpu::timestamp();
         cpu::go_round(ROUNDS);
-        samples.add(cpu::timestamp() - before);
+        meter.add(Part::Request, cpu::timestamp() - before);
     }
-    line("loop", "none", "instruction", 2 * ROUNDS, samples);
+    meter.line(Part::Request, "loop", "none", "instruction", 2 * ROUNDS);
 }
 
 /// Exits that change nothing.
@@ -305,26 +381,13 @@ fn exits() {
         }),
     ];
     for (name, way) in ways {
-        let samples = &mut TO_PRIVATE.lock().requests;
+        let mut meter = TO_PRIVATE.lock();
         for _ in 0..EXITS {
+            cpu::mark(Mark::Begin);
             let before = cpu::timestamp();
             way();
-            samples.add(cpu::timestamp() - before);
+            meter.add(Part::Request, cpu::timestamp() - before);
         }
-        line("exit", name, "exit", 1, samples);
+        meter.line(Part::Request, "exit", name, "exit", 1);
     }
-}
-
-fn report(case: &Case, direction: &str, part: &str, samples: &mut Samples) {
-    line(case.name, direction, part, case.pages as u64, samples);
-}
-
-/// A line for programs. `units` is what each sample is to be divided by.
-fn line(row: &str, direction: &str, part: &str, units: u64, samples: &mut Samples) {
-    let Some(all) = samples.take() else { return };
-    tap::note(format_args!(
-        "measured row={row} direction={direction} part={part} units={units} samples={} total={} \
-         least={} median={} p99={} most={}",
-        all.count, all.total, all.least, all.median, all.p99, all.most
-    ));
 }

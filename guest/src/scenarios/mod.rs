@@ -14,6 +14,7 @@ mod hypercall;
 mod large;
 mod race;
 mod reset;
+pub(crate) mod scale;
 mod storm;
 mod sweep;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The cheapest possible user of private memory in KVM, as a measure for others: a software-protected
-//! VM of one vCPU that converts with two system calls, the attribute and the hole, in the order that
+//! VM that converts with two system calls, the attribute and the hole, in the order that
 //! safety asks for. It keeps no state, knows no devices but a serial port, and runs the conformance
 //! guest with `bench=`.
 
@@ -22,6 +22,9 @@ struct Options {
     /// Its command line
     #[arg(long)]
     append: String,
+    /// How many vCPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    cpus: u8,
     /// MiB of RAM from address 0 on
     #[arg(long, default_value_t = 256)]
     low: u32,

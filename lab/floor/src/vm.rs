@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The VM, and its one vCPU.
+//! The VM, and its vCPUs, each on a thread of its own.
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{
@@ -49,17 +52,28 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     let memory = Memory::new(&vm, options)?;
     let ram: Vec<_> = memory.windows.iter().map(|w| (w.gpa, w.size)).collect();
     let entry = boot::load(&memory.shared_view, &ram, &options.guest, &options.append)?;
-    let vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-    vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;
-    boot::enter(&vcpu, entry)?;
-    let mut machine = Machine {
+    let vcpus = (0..options.cpus).map(|index| -> Result<VcpuFd> {
+        let vcpu = vm.create_vcpu(index.into()).context("KVM_CREATE_VCPU")?;
+        vcpu.set_cpuid2(&cpuid).context("KVM_SET_CPUID2")?;
+        Ok(vcpu)
+    });
+    let vcpus = vcpus.collect::<Result<Vec<_>>>()?;
+    // The others wait until the first one starts them.
+    boot::enter(vcpus.first().context("no vCPU")?, entry)?;
+    let machine = Arc::new(Machine {
         vm,
         memory,
         prefault: options.prefault,
-        line: Vec::new(),
-    };
-    machine.run(vcpu)
+        line: Mutex::default(),
+    });
+    let (sender, ended) = channel();
+    for vcpu in vcpus {
+        let (machine, sender) = (Arc::clone(&machine), sender.clone());
+        thread::spawn(move || sender.send(machine.run(vcpu)));
+    }
+    // The first vCPU that ends, ends the others together with this process.
+    ended.recv().context("no vCPU has run")?
 }
 
 struct Machine {
@@ -67,11 +81,11 @@ struct Machine {
     memory: Memory,
     prefault: bool,
     /// What the guest has written of its next line.
-    line: Vec<u8>,
+    line: Mutex<Vec<u8>>,
 }
 
 impl Machine {
-    fn run(&mut self, mut vcpu: VcpuFd) -> Result<u8> {
+    fn run(&self, mut vcpu: VcpuFd) -> Result<u8> {
         loop {
             let mut converted = None;
             match vcpu.run().context("KVM_RUN")? {
@@ -111,13 +125,14 @@ impl Machine {
     }
 
     /// Hands on whole lines, so that printing costs one system call each.
-    fn print(&mut self, bytes: &[u8]) -> Result<()> {
-        self.line.extend_from_slice(bytes);
+    fn print(&self, bytes: &[u8]) -> Result<()> {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        line.extend_from_slice(bytes);
         if bytes.contains(&b'\n') {
             let mut out = std::io::stdout().lock();
-            out.write_all(&self.line)?;
+            out.write_all(&line)?;
             out.flush()?;
-            self.line.clear();
+            line.clear();
         }
         Ok(())
     }

@@ -2,10 +2,10 @@
 //! `bench`: one guest that measures, on one subject. Its lines go to stdout as they are, with some of
 //! ours in the same form; `cargo xtask bench` reads them.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -15,11 +15,12 @@ use crate::vm::{BACKEND, Files, SHARED_BIT, Size};
 
 /// Memory below 4 GiB of a guest that measures above it.
 const BELOW_4G: u64 = 128 << 20;
+const PAGE: u64 = 4096;
 /// The exit status of a guest that is content.
 const CONTENT: i32 = 33;
 
 /// Options of `bench`.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
     #[command(flatten)]
     files: Files,
@@ -38,6 +39,9 @@ pub(crate) struct Options {
     /// Guest memory
     #[arg(long, default_value = "256M")]
     size: Size,
+    /// How many vCPUs
+    #[arg(long, default_value_t = 1)]
+    cpus: u8,
 }
 
 /// Who is measured.
@@ -64,6 +68,12 @@ enum Bench {
     Fault,
     /// The memory used while the guest converts 96 MiB twice
     Twice,
+    /// The first touch of pages of an ordinary VM
+    Touch,
+    /// Conversions by several vCPUs at once
+    Scale,
+    /// How much longer QEMU takes to be ready with an ordinary VM that has all its memory at once
+    Prealloc,
 }
 
 impl Bench {
@@ -74,12 +84,21 @@ impl Bench {
             Self::Check => "check",
             Self::Fault => "fault",
             Self::Twice => "twice",
+            Self::Touch => "touch",
+            Self::Scale => "scale",
+            Self::Prealloc => "prealloc",
         }
     }
 
+    /// Is it an ordinary VM, without private memory?
+    fn ordinary(self) -> bool {
+        matches!(self, Self::Prealloc | Self::Touch)
+    }
+
     /// The guest's command line.
-    fn append(self) -> String {
+    fn append(self, cpus: u8) -> String {
         match self {
+            Self::Scale => format!("bench=scale smp={cpus} timeout=900"),
             Self::Fault => format!("bench=fault shared-bit={SHARED_BIT}"),
             _ => format!("bench={}", self.name()),
         }
@@ -91,6 +110,7 @@ pub(crate) fn bench(options: &Options) -> bool {
     let result = match options.bench {
         // While it lives.
         Bench::Fault => Strict::on().and_then(|_strict| run(options)),
+        Bench::Prealloc => prealloc(options),
         _ => run(options),
     };
     if let Err(why) = &result {
@@ -99,11 +119,71 @@ pub(crate) fn bench(options: &Options) -> bool {
     result.is_ok()
 }
 
+/// What a guest that runs to its end has taken.
+struct Taken {
+    /// From the start of the VMM to the guest's first line.
+    start: Duration,
+    /// Bytes in use by then, if that is counted.
+    at_start: u64,
+    /// Those of them that the kernel uses for itself.
+    kernel: u64,
+}
+
 fn run(options: &Options) -> Result<()> {
     let group = matches!(options.bench, Bench::Start | Bench::Twice);
     let group = group.then(|| Group::new("bench")).transpose()?;
     let _inside = group.as_ref().map(Group::enter).transpose()?;
-    let mut command = command(options)?;
+    let taken = guest(command(options)?, group.as_ref())?;
+    match (options.bench, &group) {
+        (Bench::Start, Some(_)) => {
+            measured("start", "time", 1, nanoseconds(taken.start)?);
+            measured("start", "kernel-memory", 1, taken.kernel);
+        }
+        (Bench::Twice, Some(group)) => {
+            let beyond = group.peak()?.saturating_sub(taken.at_start);
+            measured("twice", "peak-memory", 1, beyond);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn prealloc(options: &Options) -> Result<()> {
+    let time = |property: Option<&str>| -> Result<u64> {
+        let mut options = options.clone();
+        options.with.extend(property.map(str::to_owned));
+        nanoseconds(until_ready(command(&options)?)?)
+    };
+    let without = time(None)?;
+    let more = time(Some("prealloc=on"))?.saturating_sub(without);
+    measured("ordinary-ready", "time", 1, without);
+    measured("ordinary-prealloc", "page", options.size.0 / PAGE, more);
+    Ok(())
+}
+
+/// From the start of QEMU to its monitor's first word, which comes when everything is set up. The guest
+/// does not run.
+fn until_ready(mut command: Command) -> Result<Duration> {
+    command.args(["-S", "-monitor", "stdio"]);
+    let before = Instant::now();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {command:?}"))?;
+    let mut output = child.stdout.take().context("no stdout")?;
+    let read = output.read(&mut [0])?;
+    let took = before.elapsed();
+    ensure!(read == 1, "QEMU ended before it was ready");
+    writeln!(child.stdin.take().context("no stdin")?, "quit")?;
+    std::io::copy(&mut output, &mut std::io::sink())?;
+    let status = child.wait()?;
+    ensure!(status.success(), "QEMU did not end as it should: {status}");
+    Ok(took)
+}
+
+/// Runs a guest to its end, and hands on what it says.
+fn guest(mut command: Command, group: Option<&Group>) -> Result<Taken> {
     let before = Instant::now();
     let mut child = command
         .stdin(Stdio::null())
@@ -111,20 +191,18 @@ fn run(options: &Options) -> Result<()> {
         .spawn()
         .with_context(|| format!("cannot run {command:?}"))?;
     let output = child.stdout.take().context("no stdout")?;
-    let mut at_start = None;
+    let mut taken = None;
     for line in BufReader::new(output).lines() {
         let line = line?;
-        if line.trim_end().ends_with(" started") && at_start.is_none() {
-            let took = before.elapsed();
-            at_start = Some(group.as_ref().map(Group::current).transpose()?.unwrap_or(0));
-            if let (Bench::Start, Some(group)) = (options.bench, &group) {
-                measured("start", "time", took.as_nanos().try_into()?);
-                measured(
-                    "start",
-                    "kernel-memory",
-                    group.value("memory.stat", "kernel")?,
-                );
-            }
+        if line.trim_end().ends_with(" started") && taken.is_none() {
+            let start = before.elapsed();
+            let current = group.map(Group::current).transpose()?;
+            let kernel = group.map(|group| group.value("memory.stat", "kernel"));
+            taken = Some(Taken {
+                start,
+                at_start: current.unwrap_or(0),
+                kernel: kernel.transpose()?.unwrap_or(0),
+            });
         }
         println!("{}", line.trim_end());
     }
@@ -133,15 +211,7 @@ fn run(options: &Options) -> Result<()> {
         status.code() == Some(CONTENT),
         "the guest did not end as it should: {status}"
     );
-    let at_start = at_start.context("the guest did not start")?;
-    if let (Bench::Twice, Some(group)) = (options.bench, &group) {
-        measured(
-            "twice",
-            "peak-memory",
-            group.peak()?.saturating_sub(at_start),
-        );
-    }
-    Ok(())
+    taken.context("the guest did not start")
 }
 
 fn command(options: &Options) -> Result<Command> {
@@ -156,7 +226,10 @@ fn command(options: &Options) -> Result<Command> {
         }
         Subject::Upstream => {
             let size = options.size.0;
-            let backend = format!("memory-backend-memfd,id=ram0,size={size},share=on");
+            let mut backend = format!("memory-backend-memfd,id=ram0,size={size},share=on");
+            for property in &options.with {
+                backend += &format!(",{property}");
+            }
             Ok(qemu(options, backend))
         }
     }
@@ -166,7 +239,7 @@ fn floor(options: &Options) -> Result<Command> {
     let mut command = Command::new(&options.floor);
     let mib = options.size.0 >> 20;
     command.arg("--guest").arg(&options.files.guest);
-    command.args(["--append", &options.bench.append()]);
+    command.args(["--append", &options.bench.append(options.cpus)]);
     let (low, high) = match options.bench {
         Bench::Fault => {
             command.args(["--shared-bit", &SHARED_BIT.to_string()]);
@@ -175,6 +248,7 @@ fn floor(options: &Options) -> Result<Command> {
         }
         _ => (mib.min(2048), mib.saturating_sub(2048)),
     };
+    command.args(["--cpus", &options.cpus.to_string()]);
     command.args(["--low", &low.to_string(), "--high", &high.to_string()]);
     command.args(options.with.iter().map(|word| format!("--{word}")));
     Ok(command)
@@ -183,7 +257,10 @@ fn floor(options: &Options) -> Result<Command> {
 fn qemu(options: &Options, backend: String) -> Command {
     let mut command = Command::new(&options.files.qemu);
     let mut guest = "sw-protected-guest,id=cgs0".to_owned();
-    let mut machine = "q35,memory-backend=ram0,confidential-guest-support=cgs0".to_owned();
+    let mut machine = "q35,memory-backend=ram0".to_owned();
+    if !options.bench.ordinary() {
+        machine += ",confidential-guest-support=cgs0";
+    }
     if options.bench == Bench::Fault {
         guest += &format!(",shared-bit={SHARED_BIT}");
         machine += &format!(",max-ram-below-4g={BELOW_4G}B");
@@ -192,23 +269,31 @@ fn qemu(options: &Options, backend: String) -> Command {
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .arg("-L")
         .arg(&options.files.firmware)
-        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1"])
+        .args(["-accel", "kvm", "-cpu", "host"])
+        .args(["-smp", &options.cpus.to_string()])
         .args(["-m", &format!("{}B", options.size.0)])
-        .args(["-object", &backend, "-object", &guest])
+        .args(["-object", &backend])
         .args(["-machine", &machine])
         .args(["-chardev", "file,id=serial0,path=/proc/self/fd/1"])
         .args(["-serial", "chardev:serial0"])
         .args(["-device", "isa-debug-exit,iobase=0x501,iosize=2"])
         .arg("-kernel")
         .arg(&options.files.guest)
-        .args(["-append", &options.bench.append()]);
+        .args(["-append", &options.bench.append(options.cpus)]);
+    if !options.bench.ordinary() {
+        command.args(["-object", &guest]);
+    }
     command
 }
 
+fn nanoseconds(time: Duration) -> Result<u64> {
+    u64::try_from(time.as_nanos()).context("too long")
+}
+
 /// A line like those of the guest.
-fn measured(row: &str, part: &str, value: u64) {
+fn measured(row: &str, part: &str, units: u64, value: u64) {
     println!(
-        "# measured row={row} direction=none part={part} units=1 samples=1 total={value} \
+        "# measured row={row} direction=none part={part} units={units} samples=1 total={value} \
          least={value} median={value} p99={value} most={value}"
     );
 }

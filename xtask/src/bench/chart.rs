@@ -10,52 +10,87 @@ use plotters::prelude::*;
 use super::plan::SUBJECTS;
 use super::rows::Row;
 
-/// Groups of bars.
-const GROUPS: [&str; 8] = [
-    "convert-4k-to-private",
-    "convert-4k-to-shared",
-    "convert-64k-to-private",
-    "convert-64k-to-shared",
-    "convert-2m-to-private",
-    "convert-2m-to-shared",
-    "sequential-4k-to-private",
-    "sequential-4k-to-shared",
+/// A picture: groups of bars, one bar a subject.
+pub(super) struct Chart {
+    /// The file's name.
+    pub(super) file: &'static str,
+    caption: &'static str,
+    /// Names of rows.
+    groups: &'static [&'static str],
+    /// What the values are divided by.
+    unit: f64,
+}
+
+/// All pictures there are.
+pub(super) const CHARTS: [Chart; 3] = [
+    Chart {
+        file: "conversions.svg",
+        caption: "Instructions per converted page: request (dark), first touch and later (light)",
+        groups: &[
+            "convert-4k-to-private",
+            "convert-4k-to-shared",
+            "convert-64k-to-private",
+            "convert-64k-to-shared",
+            "convert-2m-to-private",
+            "convert-2m-to-shared",
+            "sequential-4k-to-private",
+            "sequential-4k-to-shared",
+        ],
+        unit: 1.0,
+    },
+    Chart {
+        file: "start.svg",
+        caption: "Millions of instructions until a guest's first line",
+        groups: &["start-1g", "start-16g", "start-64g", "start-256g"],
+        unit: 1e6,
+    },
+    Chart {
+        file: "start-kernel-memory.svg",
+        caption: "KiB that the kernel has allocated for itself by then",
+        groups: &[
+            "start-kernel-memory-1g",
+            "start-kernel-memory-16g",
+            "start-kernel-memory-64g",
+            "start-kernel-memory-256g",
+        ],
+        unit: 1024.0,
+    },
 ];
 
 const SIZE: (u32, u32) = (1200, 560);
 /// A bar, where a group with its gap is as wide as its bars and one more.
 const FONT: &str = "sans-serif";
 
-/// Writes the chart; nothing if no group was measured.
-pub(super) fn draw(path: &Path, rows: &[Row]) -> Result<()> {
-    if !rows.iter().any(|row| GROUPS.contains(&row.row.as_str())) {
-        return Ok(());
+/// Writes a chart; false if none of its groups was measured.
+pub(super) fn draw(chart: &Chart, path: &Path, rows: &[Row]) -> Result<bool> {
+    let measured = |row: &Row| chart.groups.contains(&row.row.as_str());
+    if !rows.iter().any(measured) {
+        return Ok(false);
     }
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
-    fill(&area, rows).map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))?;
+    fill(chart, &area, rows).map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))?;
     area.present()
-        .map_err(|error| anyhow!("cannot write {}: {error}", path.display()))
+        .map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
+    Ok(true)
 }
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-fn fill(area: &Area<'_>, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>> {
+fn fill(chart: &Chart, area: &Area<'_>, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>> {
     area.fill(&WHITE)?;
-    let most = GROUPS.iter().flat_map(|group| {
+    let (groups, unit) = (chart.groups, chart.unit);
+    let most = groups.iter().flat_map(|group| {
         let of_group = rows.iter().filter(|row| row.row == *group);
-        of_group.map(|row| row.value)
+        of_group.map(|row| row.value / unit)
     });
     let most = most.fold(0.0, f64::max) * 1.05;
     let width = SUBJECTS.len() as f64 + 1.0;
     let mut chart = ChartBuilder::on(area)
-        .caption(
-            "Instructions per converted page: request (dark) and first touch (light)",
-            (FONT, 20),
-        )
+        .caption(chart.caption, (FONT, 20))
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(70)
-        .build_cartesian_2d(0.0..width * GROUPS.len() as f64, 0.0..most)?;
+        .build_cartesian_2d(0.0..width * groups.len() as f64, 0.0..most)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -65,8 +100,8 @@ fn fill(area: &Area<'_>, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>>
     for (bar, subject) in SUBJECTS.into_iter().enumerate() {
         let color = Palette99::pick(bar).to_rgba();
         let mut bars = Vec::new();
-        for (group, name) in GROUPS.iter().enumerate() {
-            let value = |name: &str| value(rows, name, subject);
+        for (group, name) in groups.iter().enumerate() {
+            let value = |name: &str| Some(value(rows, name, subject)? / unit);
             let Some(all) = value(name) else { continue };
             let request = value(&format!("{name}-request")).unwrap_or(all);
             let left = group as f64 * width + bar as f64 + 0.5;
@@ -84,9 +119,11 @@ fn fill(area: &Area<'_>, rows: &[Row]) -> Result<(), Box<dyn std::error::Error>>
             .label(format!("{} {}", subject.0, subject.1))
             .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
     }
-    for (group, name) in GROUPS.iter().enumerate() {
+    for (group, name) in groups.iter().enumerate() {
         let at = chart.backend_coord(&((group as f64 + 0.1) * width, 0.0));
-        let text = name.replace("-to-", " to ");
+        let text = name
+            .replace("-to-", " to ")
+            .replace("start-kernel-memory", "start");
         area.draw(&Text::new(text, (at.0, at.1 + 8), (FONT, 13)))?;
     }
     chart

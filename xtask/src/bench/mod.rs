@@ -3,15 +3,19 @@
 //! counts instructions, so figures repeat whatever else the machine does.
 
 pub(crate) mod baseline;
+mod breakdown;
 mod chart;
+mod native;
 mod plan;
 mod report;
 mod rows;
 mod run;
+mod scale;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -19,10 +23,12 @@ use crate::cargo;
 use crate::context::Context;
 use crate::level1::{Lab, Parts};
 use crate::packages::{self, Purpose};
+use crate::process;
 use crate::progress::{Step, Steps};
 
 use plan::Measurement;
 use rows::Row;
+use run::How;
 
 /// Options of `bench`.
 #[derive(Debug, clap::Args)]
@@ -43,6 +49,15 @@ pub(crate) struct Options {
     /// Measure the five rows and write them to xtask/baseline.json
     #[arg(long)]
     update_baseline: bool,
+
+    /// Say also how many instructions the guest, the VMM and level 1's kernel have carried out, and
+    /// write down which pages the guest touches
+    #[arg(long)]
+    breakdown: bool,
+
+    /// Measure on this machine's own KVM, in time; what it cannot serve is left out and said
+    #[arg(long, conflicts_with_all = ["check", "update_baseline", "breakdown", "jobs"])]
+    native: bool,
 
     /// Measurements at once [default: one a CPU]
     #[arg(long, value_name = "N")]
@@ -67,6 +82,17 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
     packages::ensure(ctx, &step, &[Qemu, Kernel, Image])?;
     step.finish("ready");
 
+    if options.native {
+        let step = steps.begin("this machine's KVM");
+        let machine = native::Machine::probe(ctx, &step)?;
+        step.finish("asked");
+        let step = steps.begin("measuring");
+        let (qemu, rows) = machine.rows(ctx, &step, &options.only)?;
+        step.finish(format_args!("{} rows", rows.len()));
+        let linux = process::output(process::command("uname", ["-sr"]))?;
+        show(ctx, &versions(ctx, &qemu, &linux), &rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let step = steps.begin("lab");
     let bench = Bench::build(ctx, &step)?;
     step.finish("ready");
@@ -80,7 +106,11 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
     let wanted = plan::all().into_iter().filter(|m| m.wanted(&options.only));
     let rows = bench.rows(&step, &wanted.collect::<Vec<_>>(), options)?;
     step.finish(format_args!("{} rows", rows.len()));
-    show(ctx, &bench, &rows)?;
+    let (qemu, linux) = (
+        &bench.lab.qemu.version,
+        bench.lab.kernel.version.to_string(),
+    );
+    show(ctx, &versions(ctx, qemu, &linux), &rows)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -103,38 +133,55 @@ impl<'a> Bench<'a> {
     }
 
     fn rows(&self, step: &Step, wanted: &[Measurement], options: &Options) -> Result<Vec<Row>> {
-        let jobs = options.jobs.unwrap_or(self.ctx.jobs);
-        let limit = std::time::Duration::from_secs(options.limit);
-        run::all(self, step, wanted, jobs, limit)
+        let plugin = options.breakdown.then(|| cargo::plugin(self.ctx, step));
+        let how = How {
+            jobs: options.jobs.unwrap_or(self.ctx.jobs),
+            limit: Duration::from_secs(options.limit),
+            plugin: plugin.transpose()?,
+        };
+        run::all(self, step, wanted, &how)
     }
 
     /// The five rows that are compared with the baseline.
     pub(crate) fn check_rows(&self, step: &Step) -> Result<Vec<Row>> {
-        let limit = std::time::Duration::from_secs(1800);
-        run::all(self, step, &[plan::check()], 1, limit)
-    }
-
-    fn versions(&self) -> Result<BTreeMap<&'static str, String>> {
-        let mut head = crate::process::command("git", ["describe", "--always", "--dirty"]);
-        head.current_dir(&self.ctx.root);
-        let head = crate::process::output(head).unwrap_or_default();
-        Ok(BTreeMap::from([
-            ("guestmemfd", head.trim().to_owned()),
-            ("qemu", self.lab.qemu.version.clone()),
-            ("linux", self.lab.kernel.version.to_string()),
-        ]))
+        let how = How {
+            jobs: 1,
+            limit: Duration::from_secs(1800),
+            plugin: None,
+        };
+        run::all(self, step, &[plan::check()], &how)
     }
 }
 
-fn show(ctx: &Context, bench: &Bench, rows: &[Row]) -> Result<()> {
+type Versions = BTreeMap<&'static str, String>;
+
+fn versions(ctx: &Context, qemu: &str, linux: &str) -> Versions {
+    let mut head = process::command("git", ["describe", "--always", "--dirty"]);
+    head.current_dir(&ctx.root);
+    let head = process::output(head).unwrap_or_default();
+    BTreeMap::from([
+        ("guestmemfd", head.trim().to_owned()),
+        ("qemu", qemu.trim().to_owned()),
+        ("linux", linux.trim().to_owned()),
+    ])
+}
+
+fn show(ctx: &Context, versions: &Versions, rows: &[Row]) -> Result<()> {
     let folder = ctx.root.join("target/bench");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     println!("{}", report::table(rows));
+    if let Some(table) = breakdown::table(rows) {
+        println!("{table}");
+    }
     let json = folder.join("report.json");
-    fs::write(&json, report::json(rows, &bench.versions()?)?)
+    fs::write(&json, report::json(rows, versions)?)
         .with_context(|| format!("cannot write {}", json.display()))?;
-    let svg = folder.join("conversions.svg");
-    chart::draw(&svg, rows)?;
-    println!("{}\n{}", json.display(), svg.display());
+    println!("{}", json.display());
+    for chart in &chart::CHARTS {
+        let svg = folder.join(chart.file);
+        if chart::draw(chart, &svg, rows)? {
+            println!("{}", svg.display());
+        }
+    }
     Ok(())
 }

@@ -13,7 +13,7 @@ const SIZE: u64 = 256 * MIB;
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
 
 /// Who is measured, and how it is set up. `report.json` calls the second part the variant.
-pub(crate) const SUBJECTS: [(&str, &str); 8] = [
+pub(crate) const SUBJECTS: [(&str, &str); 11] = [
     ("floor", ""),
     ("floor", "prefault"),
     ("upstream", ""),
@@ -22,7 +22,16 @@ pub(crate) const SUBJECTS: [(&str, &str); 8] = [
     ("ours", "discard=keep"),
     ("ours", "prefault=on"),
     ("ours", "lazy-attributes=off"),
+    ("ours", "mode=mapped"),
+    ("ours", "mode=mapped,bind=on"),
+    ("ours", LIBRARY),
 ];
+
+/// The variant that is the library alone, without QEMU and without a guest.
+const LIBRARY: &str = "library";
+
+/// Several vCPUs at once.
+const SCALE: &str = "scale";
 
 /// What is compared with the baseline: the row that all ours are measured by.
 pub(crate) const MAIN: (&str, &str) = ("ours", "discard=now");
@@ -38,29 +47,38 @@ pub(crate) struct Measurement {
 
 /// All of them.
 pub(crate) fn all() -> Vec<Measurement> {
-    let of = |bench, size| {
-        SUBJECTS
-            .into_iter()
-            .map(move |(subject, variant)| Measurement {
-                subject,
-                variant,
-                bench,
-                size,
-            })
-    };
-    // Prefaulting is for requests; lazy attributes, which are on otherwise, are for touches.
-    let mut all: Vec<Measurement> = of("request", SIZE)
-        .filter(|m| m.variant != "lazy-attributes=off")
-        .collect();
-    // Upstream's path sets the attribute at one address of a page only: a touch at the other does
-    // not convert it.
-    let by_fault = |m: &Measurement| m.subject != "upstream" && !m.variant.starts_with("prefault");
-    all.extend(of("fault", SIZE).filter(by_fault));
-    all.extend(of("twice", SIZE).filter(|m| m.variant != "lazy-attributes=off"));
-    for size in START_SIZES {
-        all.extend(of("start", size).filter(|m| matches!(m.variant, "" | "discard=now")));
+    let mut all = Vec::new();
+    for bench in ["request", "fault", "twice", "prealloc", "touch"] {
+        all.extend(of(bench, SIZE));
     }
+    for size in START_SIZES {
+        all.extend(of("start", size));
+    }
+    all.extend(of(LIBRARY, SIZE));
+    all.extend(of(SCALE, SIZE));
+    all.retain(Measurement::makes_sense);
     all
+}
+
+/// What can be timed on a machine's own KVM.
+pub(crate) fn native(private_memory: bool) -> Vec<Measurement> {
+    let benches: &[_] = match private_memory {
+        true => &["prealloc", "touch", "request"],
+        // A KVM without svm and vmx may emulate every instruction of a guest.
+        false => &["prealloc"],
+    };
+    let all = benches.iter().flat_map(|bench| of(bench, SIZE));
+    all.filter(Measurement::makes_sense).collect()
+}
+
+fn of(bench: &'static str, size: u64) -> impl Iterator<Item = Measurement> {
+    let subjects = SUBJECTS.into_iter();
+    subjects.map(move |(subject, variant)| Measurement {
+        subject,
+        variant,
+        bench,
+        size,
+    })
 }
 
 /// What CI looks at.
@@ -74,8 +92,46 @@ pub(crate) fn check() -> Measurement {
 }
 
 impl Measurement {
+    fn makes_sense(&self) -> bool {
+        match (self.bench, self.subject, self.variant) {
+            (bench, _, variant) if (bench == LIBRARY) != (variant == LIBRARY) => false,
+            (LIBRARY, ..) => true,
+            // One measurement takes all subjects in turn.
+            (SCALE, subject, variant) => (subject, variant) == MAIN,
+            // Ordinary VMs.
+            ("prealloc" | "touch", subject, variant) => {
+                subject == "upstream" || variant.starts_with("mode=mapped")
+            }
+            (_, _, variant) if variant.starts_with("mode=mapped") => false,
+            ("start", _, variant) => matches!(variant, "" | "discard=now"),
+            // Upstream's path sets the attribute at one address of a page only: a touch at the other
+            // does not convert it.
+            ("fault", "upstream", _) => false,
+            // Prefaulting is for requests; lazy attributes, which are on otherwise, are for touches.
+            ("fault", _, variant) => !variant.starts_with("prefault"),
+            (_, _, variant) => variant != "lazy-attributes=off",
+        }
+    }
+
+    /// Is it measured in time, several subjects in turn?
+    pub(crate) fn scale(&self) -> bool {
+        self.bench == SCALE
+    }
+
+    /// The same on another subject.
+    pub(crate) fn with(&self, (subject, variant): (&'static str, &'static str)) -> Self {
+        Self {
+            subject,
+            variant,
+            ..self.clone()
+        }
+    }
+
     /// For people and for `--list`.
     pub(crate) fn name(&self) -> String {
+        if self.library() || self.scale() {
+            return self.bench.to_owned();
+        }
         let mut name = format!("{} {}", self.bench, self.subject);
         if !self.variant.is_empty() {
             name += &format!(" {}", self.variant);
@@ -91,6 +147,16 @@ impl Measurement {
         (self.bench == "start").then(|| format!("{}g", self.size / GIB))
     }
 
+    /// Is it the library alone that is measured, in time, on this machine?
+    pub(crate) fn library(&self) -> bool {
+        self.variant == LIBRARY
+    }
+
+    /// Does the subject put work off? Then that counts; elsewhere it would only add noise.
+    pub(crate) fn puts_off(&self) -> bool {
+        self.variant == "discard=coalesced"
+    }
+
     /// Was it asked for?
     pub(crate) fn wanted(&self, only: &[String]) -> bool {
         let name = self.name();
@@ -99,15 +165,25 @@ impl Measurement {
 
     /// What level 1 is to do.
     pub(crate) fn script(&self) -> String {
+        quote(self.words())
+    }
+
+    pub(crate) fn words(&self) -> Vec<String> {
         let mut words = vec![RUNNER.to_owned(), "bench".to_owned()];
         words.extend(runner_paths());
         words.extend(["--floor".to_owned(), "/run/lab/guestmemfd-floor".to_owned()]);
-        words.extend(["--subject".to_owned(), self.subject.to_owned()]);
+        words.extend(self.subject_words());
+        words
+    }
+
+    /// Who is measured, and what.
+    pub(crate) fn subject_words(&self) -> Vec<String> {
+        let mut words = vec!["--subject".to_owned(), self.subject.to_owned()];
         words.extend(["--bench".to_owned(), self.bench.to_owned()]);
         words.extend(["--size".to_owned(), format!("{}M", self.size / MIB)]);
         if !self.variant.is_empty() {
             words.extend(["--with".to_owned(), self.variant.to_owned()]);
         }
-        quote(words)
+        words
     }
 }

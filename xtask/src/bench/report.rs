@@ -7,11 +7,12 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde_json::json;
 
+use super::breakdown;
 use super::plan::SUBJECTS;
 use super::rows::Row;
 
 /// Rows that the table leaves to `report.json`: their sum is a row.
-const PARTS: [&str; 2] = ["-request", "-touch"];
+const PARTS: [&str; 3] = ["-request", "-touch", "-later"];
 
 /// All rows with all subjects, and what ours is relative to upstream and to the better of the floors.
 pub(super) fn table(rows: &[Row]) -> Table {
@@ -32,7 +33,8 @@ pub(super) fn table(rows: &[Row]) -> Table {
         }
     }));
     table.set_header(header);
-    let whole = |name: &&str| !PARTS.iter().any(|part| name.ends_with(part));
+    let whole =
+        |name: &&str| !PARTS.iter().any(|part| name.ends_with(part)) && !breakdown::is_part(name);
     for name in names(rows).into_iter().filter(whole) {
         let of_row: Vec<&Row> = rows.iter().filter(|row| row.row == name).collect();
         let unit = of_row.first().map_or("", |row| row.unit.as_str());

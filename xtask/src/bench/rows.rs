@@ -21,14 +21,14 @@ pub(crate) struct Row {
 /// A line of the guest's, `# measured row=... part=...`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Line {
-    row: String,
-    direction: String,
-    part: String,
+    pub(super) row: String,
+    pub(super) direction: String,
+    pub(super) part: String,
     /// Of one sample.
-    mean: f64,
+    pub(super) mean: f64,
     p99: f64,
     /// Pages, or instructions, of one sample.
-    units: f64,
+    pub(super) units: f64,
 }
 
 impl Line {
@@ -48,55 +48,98 @@ impl Line {
     }
 }
 
+impl Line {
+    /// The name of a conversion's row.
+    pub(super) fn name(&self) -> String {
+        match self.direction.as_str() {
+            "none" => self.row.clone(),
+            direction => format!("{}-to-{direction}", self.row),
+        }
+    }
+}
+
+/// Rows that the runner has measured, with a clock of the host.
+const HOST_ROWS: [&str; 2] = ["ordinary-ready", "ordinary-prealloc"];
+
+/// What the guest's clock counts.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Clock {
+    /// One an instruction; then nanoseconds are the same.
+    Instructions,
+    /// Ticks of this machine's time-stamp counter.
+    Time { nanoseconds_per_tick: f64 },
+}
+
 /// The rows of one measurement.
-pub(super) fn rows(measurement: &Measurement, lines: &[Line]) -> Result<Vec<Row>> {
+pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let mut add = |row: String, value: f64, unit: &str| {
         let row = match measurement.suffix() {
             Some(suffix) => format!("{row}-{suffix}"),
             None => row,
         };
+        let (scale, unit) = match clock {
+            Clock::Instructions => (1.0, unit.to_owned()),
+            Clock::Time {
+                nanoseconds_per_tick,
+            } => {
+                let of_host = unit == "bytes" || HOST_ROWS.contains(&row.as_str());
+                let scale = if of_host { 1.0 } else { nanoseconds_per_tick };
+                (scale, unit.replace("instructions", "ns"))
+            }
+        };
         rows.push(Row {
             row,
             subject: measurement.subject.to_owned(),
             variant: measurement.variant.to_owned(),
-            value: (value * 100.0).round() / 100.0,
-            unit: unit.to_owned(),
+            value: (value * scale * 100.0).round() / 100.0,
+            unit,
         });
     };
     for line in lines {
-        let name = format!("{}-to-{}", line.row, line.direction);
+        let name = line.name();
+        let of = |part| find(lines, line, part);
+        let mean = |part| of(part).map_or(0.0, |line| line.mean / line.units);
         let per_unit = line.mean / line.units;
         match line.part.as_str() {
-            "instruction" => check_unit(per_unit)?,
+            "instruction" if matches!(clock, Clock::Instructions) => check_unit(per_unit)?,
+            // In time, a single exit of another program would be more than what was put off.
+            "instruction" | "later" if !matches!(clock, Clock::Instructions) => {}
+            // What idling takes is subtracted already.
+            "idle" => {}
             "exit" => add(
                 format!("exit-{}", line.direction),
                 line.mean,
                 "instructions/exit",
             ),
-            "request" => {
-                let touch =
-                    find(lines, line, "touch").map_or(0.0, |touch| touch.mean / touch.units);
-                add(name.clone(), per_unit + touch, "instructions/page");
-                add(format!("{name}-request"), per_unit, "instructions/page");
-                add(
-                    format!("{name}-tail"),
-                    line.p99 / line.units,
-                    "instructions/page",
-                );
+            part @ ("request" | "touch") if part == "request" || of("request").is_none() => {
+                // Without a request, the touch is what converts.
+                let touch = if part == "request" {
+                    mean("touch")
+                } else {
+                    0.0
+                };
+                let later = match clock {
+                    Clock::Instructions if measurement.puts_off() => mean("later"),
+                    _ => 0.0,
+                };
+                let all = per_unit + touch + later;
+                add(name.clone(), all, "instructions/page");
+                if part == "request" {
+                    add(format!("{name}-request"), per_unit, "instructions/page");
+                }
+                let tail = line.p99 / line.units;
+                add(format!("{name}-tail"), tail, "instructions/page");
             }
-            // Without a request, the touch is what converts.
-            "touch" if find(lines, line, "request").is_none() => {
-                add(name.clone(), per_unit, "instructions/page");
-                add(
-                    format!("{name}-tail"),
-                    line.p99 / line.units,
-                    "instructions/page",
-                );
+            "touch" | "later" => {
+                let name = format!("{name}-{}", line.part);
+                add(name, per_unit, "instructions/page");
             }
-            "touch" => add(format!("{name}-touch"), per_unit, "instructions/page"),
             "repeat" => add(format!("{name}-repeat"), line.mean, "instructions/request"),
             "time" => add(line.row.clone(), line.mean, "instructions"),
+            "page" => add(line.row.clone(), per_unit, "instructions/page"),
+            "nanoseconds" => add(line.row.clone(), line.mean, "ns"),
+            "memory" => add(line.row.clone(), line.mean, "bytes"),
             memory => add(format!("{}-{memory}", line.row), line.mean, "bytes"),
         }
     }
@@ -135,14 +178,20 @@ mod tests {
     }
 
     #[test]
-    fn a_conversion_counts_with_its_touch() {
+    fn a_conversion_counts_with_its_touch_and_what_was_put_off() {
         let lines = [
             line("convert-64k", "private", "request", 16, 2, 32_000),
             line("convert-64k", "private", "touch", 16, 2, 64_000),
             line("convert-64k", "private", "repeat", 16, 2, 4_000),
+            line("convert-64k", "private", "later", 32, 1, 320),
         ];
-        let rows = rows(&super::super::plan::check(), &lines).expect("rows");
-        assert_eq!(value(&rows, "convert-64k-to-private"), Some(3000.0));
+        let check = super::super::plan::check();
+        let at_once = rows(&check, &lines, Clock::Instructions).expect("rows");
+        assert_eq!(value(&at_once, "convert-64k-to-private"), Some(3000.0));
+        let coalesced = check.with(("ours", "discard=coalesced"));
+        let rows = rows(&coalesced, &lines, Clock::Instructions).expect("rows");
+        assert_eq!(value(&rows, "convert-64k-to-private"), Some(3010.0));
+        assert_eq!(value(&rows, "convert-64k-to-private-later"), Some(10.0));
         assert_eq!(value(&rows, "convert-64k-to-private-request"), Some(1000.0));
         assert_eq!(value(&rows, "convert-64k-to-private-touch"), Some(2000.0));
         assert_eq!(value(&rows, "convert-64k-to-private-repeat"), Some(2000.0));
@@ -151,14 +200,31 @@ mod tests {
     #[test]
     fn a_fault_is_a_touch_that_converts() {
         let lines = [line("fault-4k", "shared", "touch", 1, 2, 40)];
-        let rows = rows(&super::super::plan::check(), &lines).expect("rows");
+        let rows = rows(&super::super::plan::check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "fault-4k-to-shared"), Some(20.0));
+    }
+
+    #[test]
+    fn ticks_of_a_guest_become_time_and_those_of_the_host_are_time() {
+        let clock = Clock::Time {
+            nanoseconds_per_tick: 0.5,
+        };
+        let lines = [
+            line("convert-4k", "private", "request", 1, 1, 100),
+            line("convert-4k", "private", "later", 1, 1, 77),
+            line("ordinary-prealloc", "none", "page", 10, 1, 100),
+        ];
+        let rows = rows(&super::super::plan::check(), &lines, clock).expect("rows");
+        assert_eq!(value(&rows, "convert-4k-to-private"), Some(50.0));
+        assert_eq!(value(&rows, "ordinary-prealloc"), Some(10.0));
+        assert_eq!(rows[0].unit, "ns/page");
     }
 
     #[test]
     fn a_clock_that_does_not_count_instructions_is_noticed() {
         let lines = [line("loop", "none", "instruction", 100, 1, 240)];
-        let error = rows(&super::super::plan::check(), &lines).expect_err("an error");
+        let error =
+            rows(&super::super::plan::check(), &lines, Clock::Instructions).expect_err("an error");
         assert!(error.to_string().contains("2.4"), "{error}");
     }
 

@@ -1,19 +1,34 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Carries out measurements, several at once: instructions are counted, so they do not disturb each
-//! other.
+//! Carries out measurements: those that count instructions several at once, because they do not disturb
+//! each other, then those that take time.
 
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
+use crate::cargo;
 use crate::level1::{Task, memory_for};
+use crate::process::Job;
 use crate::progress::Step;
 
 use super::Bench;
+use super::breakdown;
 use super::plan::Measurement;
-use super::rows::{Line, Row, rows};
+use super::rows::{Clock, Line, Row, rows};
+use super::scale;
+
+/// How measurements are carried out.
+pub(super) struct How {
+    /// How many of those that count instructions at once.
+    pub(super) jobs: usize,
+    /// How long one may take.
+    pub(super) limit: Duration,
+    /// Tells who has carried out the instructions.
+    pub(super) plugin: Option<PathBuf>,
+}
 
 /// A guest under emulation that counts instructions may hang; then it is tried again.
 const TRIES: usize = 3;
@@ -23,57 +38,60 @@ pub(super) fn all(
     bench: &Bench,
     step: &Step,
     wanted: &[Measurement],
-    jobs: usize,
-    limit: Duration,
+    how: &How,
 ) -> Result<Vec<Row>> {
     ensure!(
         !wanted.is_empty(),
         "no measurement has such a name; see: cargo xtask bench --list"
     );
-    let next = Mutex::new(wanted.iter().enumerate());
-    let (sender, outcomes) = channel();
+    let (timed, counted): (Vec<_>, Vec<_>) = wanted
+        .iter()
+        .enumerate()
+        .partition(|(_, m)| m.library() || m.scale());
+    let mut done = 0;
     let mut results: Vec<Option<Vec<Row>>> = vec![None; wanted.len()];
-    std::thread::scope(|scope| {
-        for _ in 0..jobs.clamp(1, wanted.len()) {
-            let (next, sender) = (&next, sender.clone());
-            scope.spawn(move || work(bench, next, limit, &sender));
-        }
-        drop(sender);
-        for (done, (index, outcome)) in (1_u64..).zip(&outcomes) {
-            let name = wanted[index].name();
-            match outcome {
-                Ok(rows) => {
-                    step.note(format_args!("{name}: {} rows", rows.len()));
-                    results[index] = Some(rows);
-                }
-                Err(error) => step.note(format_args!("{name}: {error:#}")),
+    for (part, jobs) in [(counted, how.jobs), (timed, 1)] {
+        let workers = jobs.clamp(1, part.len().max(1));
+        let next = Mutex::new(part.into_iter());
+        let (sender, outcomes) = channel();
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                let (next, sender) = (&next, sender.clone());
+                scope.spawn(move || work(bench, next, how, &sender));
             }
-            step.amount(done, wanted.len() as u64);
-        }
-    });
+            drop(sender);
+            for (index, outcome) in outcomes {
+                let name = wanted[index].name();
+                match outcome {
+                    Ok(rows) => {
+                        step.note(format_args!("{name}: {} rows", rows.len()));
+                        results[index] = Some(rows);
+                    }
+                    Err(error) => step.note(format_args!("{name}: {error:#}")),
+                }
+                done += 1;
+                step.amount(done, wanted.len() as u64);
+            }
+        });
+    }
     let rows: Vec<Row> = results.into_iter().flatten().flatten().collect();
     ensure!(!rows.is_empty(), "nothing could be measured");
     Ok(rows)
 }
 
-type Queue<'a> = Mutex<std::iter::Enumerate<std::slice::Iter<'a, Measurement>>>;
+type Queue<'a> = Mutex<std::vec::IntoIter<(usize, &'a Measurement)>>;
 
-fn work(
-    bench: &Bench,
-    next: &Queue<'_>,
-    limit: Duration,
-    outcomes: &Sender<(usize, Result<Vec<Row>>)>,
-) {
+fn work(bench: &Bench, next: &Queue<'_>, how: &How, outcomes: &Sender<(usize, Result<Vec<Row>>)>) {
     loop {
         let Some((index, measurement)) = next.lock().ok().and_then(|mut queue| queue.next()) else {
             return;
         };
-        let mut outcome = one(bench, measurement, limit);
+        let mut outcome = one(bench, measurement, how);
         for _ in 1..TRIES {
             if outcome.is_ok() {
                 break;
             }
-            outcome = one(bench, measurement, limit);
+            outcome = one(bench, measurement, how);
         }
         if outcomes.send((index, outcome)).is_err() {
             return;
@@ -81,16 +99,28 @@ fn work(
     }
 }
 
-fn one(bench: &Bench, measurement: &Measurement, limit: Duration) -> Result<Vec<Row>> {
+fn one(bench: &Bench, measurement: &Measurement, how: &How) -> Result<Vec<Row>> {
+    if measurement.library() {
+        return library(bench, measurement, how.limit);
+    }
+    if measurement.scale() {
+        return scale::measure(bench, measurement, how.limit);
+    }
     let name = measurement.name();
+    let file = name.replace([' ', '='], "-");
+    let watch = how.plugin.as_ref().map(|plugin| {
+        let counts = bench.ctx.scratch().join(format!("bench-{file}.counts"));
+        (breakdown::option(plugin, &counts), counts)
+    });
     let task = Task {
-        name: name.clone(),
+        name,
         script: measurement.script(),
         memory: memory_for(0),
-        limit: Some(limit),
+        limit: Some(how.limit),
         count_instructions: true,
+        plugin: watch.as_ref().map(|(option, _)| option.clone()),
         programs: vec![bench.floor.clone()],
-        log: Some(format!("bench-{}", name.replace([' ', '='], "-"))),
+        log: Some(format!("bench-{file}")),
         ..Task::default()
     };
     let mut lines = Vec::new();
@@ -102,5 +132,24 @@ fn one(bench: &Bench, measurement: &Measurement, limit: Duration) -> Result<Vec<
     if status != 0 {
         bail!("exit status {status}: {last}");
     }
-    rows(measurement, &lines)
+    let mut rows = rows(measurement, &lines, Clock::Instructions)?;
+    if let Some((_, counts)) = watch {
+        let touched = format!("target/bench/touched-{file}.txt");
+        let parts = breakdown::read(&counts, &bench.ctx.root.join(touched))?;
+        rows.extend(breakdown::rows(measurement, &lines, &parts)?);
+    }
+    Ok(rows)
+}
+
+/// The library alone, on this machine.
+fn library(bench: &Bench, measurement: &Measurement, limit: Duration) -> Result<Vec<Row>> {
+    let mut command = cargo::cargo(bench.ctx);
+    command.args(["bench", "--package", "guestmemfd", "--bench", "library"]);
+    let mut lines = Vec::new();
+    Job::new("cargo bench", command)
+        .log(&bench.ctx.log("bench-library"))
+        .limit(limit)
+        .follow(|line| lines.extend(Line::parse(line)))
+        .run()?;
+    rows(measurement, &lines, Clock::Instructions)
 }

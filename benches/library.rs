@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! What a whole backend of 1 TiB takes: its state in bytes, and a map query in time. Prints rows for
+//! `cargo xtask bench library`.
+
+use std::fs;
+use std::hint::black_box;
+use std::time::Instant;
+
+use guestmemfd::state::{PageState, PageStates};
+use guestmemfd::{FilePages, PAGE_SIZE};
+
+const PAGES: u64 = (1 << 40) / PAGE_SIZE;
+/// Changes of state along the backend.
+const RUNS: u64 = 4096;
+const QUERIES: usize = 21;
+
+fn main() {
+    // `cargo test --benches` asks for nothing.
+    if !std::env::args().any(|word| word == "--bench") {
+        return;
+    }
+    let before = allocated();
+    let mut states = PageStates::new(PAGES, PageState::Shared).expect("memory");
+    for run in 0..RUNS / 2 {
+        let start = run * (PAGES / (RUNS / 2));
+        let run = FilePages::new(start, start + 512).expect("a range");
+        states.set_run(run, PageState::Shared, PageState::Private);
+    }
+    let all = FilePages::new(0, PAGES).expect("a range");
+    let mut times: Vec<u64> = (0..QUERIES)
+        .map(|_| {
+            let before = Instant::now();
+            assert_eq!(black_box(states.runs(all)).count() as u64, RUNS);
+            u64::try_from(before.elapsed().as_nanos()).expect("64 bits")
+        })
+        .collect();
+    times.sort_unstable();
+    row("query-map-1t", "nanoseconds", times[QUERIES / 2]);
+    row("state-1t", "memory", allocated().saturating_sub(before));
+}
+
+fn row(row: &str, part: &str, value: u64) {
+    println!(
+        "# measured row={row} direction=none part={part} units=1 samples=1 total={value} \
+         least={value} median={value} p99={value} most={value}"
+    );
+}
+
+/// Bytes of data of this process, whether touched or not.
+fn allocated() -> u64 {
+    let text = fs::read_to_string("/proc/self/status").expect("procfs");
+    let line = text.lines().find_map(|line| line.strip_prefix("VmData:"));
+    let line = line.expect("VmData").trim().trim_end_matches(" kB");
+    line.parse::<u64>().expect("a number") * 1024
+}
