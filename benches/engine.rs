@@ -1,16 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 
 //! What the library's own data structures cost on this machine, without a kernel: states beside plain
-//! words and beside vm-memory's bitmap, windows, claims. `cargo bench`.
+//! words and beside vm-memory's bitmap, windows, claims, pins. `cargo bench`.
 
 use std::hint::black_box;
+use std::io;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use guestmemfd::backend::BackendId;
 use guestmemfd::claim::Claims;
+use guestmemfd::listener::Level;
+use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::state::{PageState, PageStates};
 use guestmemfd::window::{Window, WindowTable};
+use guestmemfd::{Backend, BackendConfig, Discard, Listener, Mode, Prefault, View, Vm};
 use guestmemfd::{FilePages, GuestPages, PAGE_SIZE};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
@@ -149,5 +155,54 @@ fn claims(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, states, queries, windows, claims);
+struct Quiet;
+
+impl Listener for Quiet {
+    fn gap(&self, _guest: GuestPages, _to: View) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn log(&self, _level: Level, _message: &str) {}
+}
+
+/// A backend whose first page is private, on no hypervisor.
+fn backend(pages: u64) -> guestmemfd::Result<(Vm, Arc<Backend>)> {
+    let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(Quiet));
+    let backend = vm.create_backend(BackendConfig {
+        name: "ram".to_owned(),
+        size: pages * PAGE_SIZE,
+        mode: Some(Mode::Private),
+        bind: false,
+        discard: Discard::Now,
+        start: PageState::Undecided,
+        lazy: None,
+        prefault: Prefault::Off,
+        convert_timeout: Duration::ZERO,
+        tag: 0,
+    })?;
+    vm.add_window(&backend, guest(0, pages), 0, true)?;
+    vm.map_gpa_range(0, 1, 1 << 4)?;
+    Ok((vm, backend))
+}
+
+/// Close to a private page every state is looked at; elsewhere a counter says that there is none.
+fn pins(c: &mut Criterion) {
+    let mut group = c.benchmark_group("pin and unpin");
+    for (name, pages) in SIZES {
+        let (_vm, backend) = backend(pages).expect("a backend");
+        for count in [1, LARGE] {
+            for (place, start) in [("beside a private page", 1), ("elsewhere", GIB)] {
+                let id = BenchmarkId::new(format!("{count} pages {place}"), name);
+                group.bench_function(id, |b| {
+                    b.iter(|| {
+                        backend.pin(file(start, count)).expect("shared pages");
+                        backend.unpin(file(start, count)).expect("a pin");
+                    })
+                });
+            }
+        }
+    }
+}
+
+criterion_group!(benches, states, queries, windows, claims, pins);
 criterion_main!(benches);

@@ -28,14 +28,14 @@ const CASES: [Case; 2] = [
         name: "scale-4k",
         pages: 1,
         stride: 11,
-        places: 512,
+        places: 256,
         rounds: 2,
     },
     Case {
         name: "scale-2m",
         pages: 512,
         stride: 512,
-        places: 8,
+        places: 4,
         rounds: 1,
     },
 ];

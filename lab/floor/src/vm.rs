@@ -88,7 +88,12 @@ impl Machine {
     fn run(&self, mut vcpu: VcpuFd) -> Result<u8> {
         loop {
             let mut converted = None;
-            match vcpu.run().context("KVM_RUN")? {
+            let exit = match vcpu.run() {
+                // So it ends for a vCPU that another one has just started.
+                Err(error) if error.errno() == Errno::AGAIN.raw_os_error() => continue,
+                exit => exit.context("KVM_RUN")?,
+            };
+            match exit {
                 VcpuExit::Hypercall(exit) if exit.nr == MAP_GPA_RANGE => {
                     let [gpa, pages, attributes, ..] = exit.args;
                     let good = attributes & !KNOWN == 0

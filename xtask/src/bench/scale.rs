@@ -14,7 +14,7 @@ use super::plan::{MAIN, Measurement};
 use super::rows::{Line, Row};
 
 /// How often each subject runs with each number of vCPUs.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 const CPUS: [u32; 3] = [1, 2, 4];
 const SUBJECTS: [(&str, &str); 2] = [("floor", ""), MAIN];
 
