@@ -109,3 +109,26 @@ impl ViewFile for MappedFile {
         self.0.allocated()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a memfd, which can be mapped as well, and shows its holes.
+    #[test]
+    fn a_read_allocates_nothing_and_a_write_what_it_touches() {
+        let pages = |start, end| FilePages::new(start, end).unwrap();
+        let file = MappedFile::new(KernelFile::memfd("test", 8 * PAGE_SIZE).unwrap());
+        file.write_at(3 * PAGE_SIZE - 2, b"data").unwrap();
+        let mut read = vec![0xee; 6 * PAGE + 5];
+        file.read_at(PAGE_SIZE + 7, &mut read).unwrap();
+        let mut expected = vec![0; 6 * PAGE + 5];
+        expected[2 * PAGE - 9..][..4].copy_from_slice(b"data");
+        assert_eq!(read, expected);
+        assert_eq!(file.first_data(pages(0, 8)).unwrap(), Some(pages(2, 4)));
+        assert_eq!(file.first_data(pages(4, 8)).unwrap(), None);
+        file.read_at(0, &mut []).unwrap();
+        file.write_at(0, &[]).unwrap();
+        assert_eq!(file.first_data(pages(0, 2)).unwrap(), None);
+    }
+}

@@ -73,6 +73,13 @@ pub(crate) fn plugin(ctx: &Context, step: &Step) -> Result<PathBuf> {
     )
 }
 
+/// The library's tests of owners.
+pub(crate) fn owner_tests(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    let mut command = cargo(ctx);
+    command.args(["test", "--no-run", "--test", "owner"]);
+    build_with(ctx, step, command, "guestmemfd", "dev", "owner")
+}
+
 /// Builds a package and returns the artifact with this file name.
 fn build(
     ctx: &Context,
@@ -111,6 +118,13 @@ fn artifact_in(line: &str, name: &str) -> Option<PathBuf> {
         return None;
     }
     let message: Value = serde_json::from_str(line).ok()?;
+    // The file names of tests have a hash.
+    if let (true, Some(test)) = (
+        message["target"]["name"] == name,
+        message["executable"].as_str(),
+    ) {
+        return Some(test.into());
+    }
     message["filenames"]
         .as_array()?
         .iter()
@@ -128,6 +142,9 @@ mod tests {
         let line = r#"{"reason":"compiler-artifact","filenames":["/t/libx.rlib","/t/libx.a"]}"#;
         assert_eq!(artifact_in(line, "libx.a"), Some("/t/libx.a".into()));
         assert_eq!(artifact_in(line, "x"), None);
+        let test =
+            r#"{"target":{"name":"owner"},"filenames":["/t/owner-0"],"executable":"/t/owner-0"}"#;
+        assert_eq!(artifact_in(test, "owner"), Some("/t/owner-0".into()));
         assert_eq!(artifact_in("Compiling x", "x"), None);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::cell::OnceCell;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -21,9 +21,6 @@ use super::report::{CargoTest, MesonTest, Tally, Tap};
 
 /// How long a whole run of the runner may take.
 const RUNNER_LIMIT: Duration = Duration::from_secs(45 * 60);
-
-/// Where level 1 has the library's example.
-const VMM: &str = "/run/lab/vmm";
 
 /// How long other tests may take.
 const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -66,10 +63,19 @@ impl<'a> Bench<'a> {
     }
 
     /// The arguments of the runner's `test`.
-    fn runner_words(&self, runner: &str, paths: Vec<String>, vmm: &str, out: &str) -> Vec<String> {
+    fn runner_words(
+        &self,
+        runner: &str,
+        paths: Vec<String>,
+        programs: [(&str, String); 2],
+        out: &str,
+    ) -> Vec<String> {
         let mut words = vec![runner.to_owned(), "test".to_owned()];
         words.extend(paths);
-        words.extend(["--vmm", vmm, "--out", out].map(str::to_owned));
+        for (option, path) in programs {
+            words.extend([option.to_owned(), path]);
+        }
+        words.extend(["--out".to_owned(), out.to_owned()]);
         if let Some(filter) = &self.filter {
             words.extend(["--filter".to_owned(), filter.clone()]);
         }
@@ -78,6 +84,14 @@ impl<'a> Bench<'a> {
         }
         words
     }
+}
+
+/// The library's example and its tests of owners, with the options by which the runner takes them.
+fn library_programs(ctx: &Context, step: &Step) -> Result<[(&'static str, PathBuf); 2]> {
+    Ok([
+        ("--vmm", cargo::example(ctx, step)?),
+        ("--owner-tests", cargo::owner_tests(ctx, step)?),
+    ])
 }
 
 /// Makes something for all steps; when that fails, it fails for all of them.
@@ -222,7 +236,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
     let qemu = bench.qemu(step)?;
     let guest = cargo::plain_guest(bench.ctx, step)?;
     let runner = cargo::runner(bench.ctx, step)?;
-    let vmm = cargo::example(bench.ctx, step)?;
+    let programs = library_programs(bench.ctx, step)?;
     let firmware = image::firmware(bench.ctx)?;
     let out = bench.ctx.scratch().join("machine");
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -234,7 +248,12 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
     ];
     let mut paths: Vec<String> = paths.iter().map(|word| (*word).to_owned()).collect();
     paths.extend(["--guest".to_owned(), text(&guest)]);
-    let words = bench.runner_words(&text(&runner), paths, &text(&vmm), &text(&out));
+    let words = bench.runner_words(
+        &text(&runner),
+        paths,
+        programs.map(|(option, path)| (option, text(&path))),
+        &text(&out),
+    );
     step.say("running");
     let mut tap = Tap::default();
     let outcome = Job::new("the runner", command(&words[0], &words[1..]))
@@ -248,12 +267,16 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
 pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
     let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
-    let vmm = cargo::example(ctx, step)?;
+    let programs = library_programs(ctx, step)?;
     let logs = ctx.scratch().join("lab");
     cache::remove(&logs)?;
     fs::create_dir_all(&logs)?;
+    let in_level_1 = programs.each_ref().map(|(option, path)| {
+        let name = path.file_name().unwrap_or_default();
+        (*option, format!("/run/lab/{}", Path::new(name).display()))
+    });
     // Sockets cannot lie in a folder of the host, so the logs are copied there.
-    let runner = bench.runner_words(RUNNER, runner_paths().into(), VMM, "/tmp/test");
+    let runner = bench.runner_words(RUNNER, runner_paths().into(), in_level_1, "/tmp/test");
     let script = format!(
         "{}\nstatus=$?\ncp -r /tmp/test/. /host/\nexit $status\n",
         quote(runner)
@@ -264,7 +287,7 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         share: Some(logs),
         memory: memory_for(0),
         limit: Some(RUNNER_LIMIT),
-        programs: vec![vmm],
+        programs: programs.map(|(_, path)| path).into(),
         ..Task::default()
     };
     step.say("running");

@@ -22,6 +22,9 @@ pub(crate) struct Programs {
     /// The library's example `vmm`; without it no test of it
     #[arg(long, value_name = "PATH")]
     vmm: Option<PathBuf>,
+    /// The library's tests of owners; without them no test of KVM as an owner
+    #[arg(long, value_name = "PATH")]
+    owner_tests: Option<PathBuf>,
 }
 
 pub(super) fn tests(programs: &Programs) -> Vec<Test> {
@@ -34,7 +37,26 @@ pub(super) fn tests(programs: &Programs) -> Vec<Test> {
             tests.push(Test::new(name, scenario.needs(), run));
         }
     }
+    if let Some(program) = programs.owner_tests.clone() {
+        let needs = &[Need::PrivateMemory, Need::MappedMemory];
+        let run = move |context: &Context| owner(context, &program);
+        tests.push(Test::new("library/owner-kvm", needs, run));
+    }
     tests
+}
+
+/// What every owner must do, of KVM as one.
+fn owner(context: &Context, program: &Path) -> Result<()> {
+    let mut command = Command::new(program);
+    command.arg("kvm_").env("GUESTMEMFD_NEED_KVM", "1");
+    let ended = run(command, &context.log)?;
+    ensure!(
+        ended.status.success() && !ended.stdout.contains(" 0 passed"),
+        "{}{}",
+        ended.stdout,
+        ended.stderr
+    );
+    Ok(())
 }
 
 /// The conformance guest in the example, which must have counted what the guest did.
