@@ -189,13 +189,13 @@ fn backend(pages: u64) -> guestmemfd::Result<(Vm, Arc<Backend>)> {
 fn pins(c: &mut Criterion) {
     let mut group = c.benchmark_group("pin and unpin");
     for (name, pages) in SIZES {
-        let (_vm, backend) = backend(pages).expect("a backend");
+        let (vm, backend) = backend(pages).expect("a backend");
         for count in [1, LARGE] {
             for (place, start) in [("beside a private page", 1), ("elsewhere", GIB)] {
                 let id = BenchmarkId::new(format!("{count} pages {place}"), name);
                 group.bench_function(id, |b| {
                     b.iter(|| {
-                        backend.pin(file(start, count)).expect("shared pages");
+                        vm.pin(&backend, file(start, count)).expect("shared pages");
                         backend.unpin(file(start, count)).expect("a pin");
                     })
                 });

@@ -210,6 +210,10 @@ typedef struct guestmemfd_stats {
      */
     uint64_t waits;
     /**
+     * Bytes of all pins.
+     */
+    uint64_t pinned_bytes;
+    /**
      * Bytes whose hole is still to be punched.
      */
     uint64_t unpunched_bytes;
@@ -386,8 +390,8 @@ bool guestmemfd_backend_is_populated(const struct guestmemfd_backend *backend,
 
 /**
  * Lets the host use these bytes until guestmemfd_backend_unpin(): none of their pages becomes
- * private meanwhile. -EACCES if one is private, or just being converted. Takes no lock that is held
- * for long, and never waits. No alignment is needed.
+ * private meanwhile. -EACCES if one is private. Waits for conversions of them that other threads have
+ * under way, but for nothing else. No alignment is needed.
  */
 int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
                                uint64_t offset,

@@ -81,7 +81,7 @@ impl<S> Pages<S> {
 
     /// From bytes: both numbers must be multiples of [`PAGE_SIZE`].
     pub fn from_bytes(start: u64, size: u64) -> Result<Self, RangeError> {
-        if start % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
+        if !start.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
             return Err(RangeError::Unaligned { start, size });
         }
         if size == 0 {

@@ -183,6 +183,8 @@ pub struct BackendStats {
     pub refused: u64,
     /// Requests that waited for pages that the host used.
     pub waits: u64,
+    /// Bytes that the host uses through pins; those that are pinned twice count twice.
+    pub pinned: u64,
     /// Bytes whose hole is still to be punched.
     pub unpunched: u64,
 }
@@ -200,11 +202,16 @@ impl Backend {
             backend: config.name.clone(),
             size: config.size,
         };
-        let states = PageStates::new(pages.count(), config.start).map_err(|_| no_memory())?;
+        let states = PageStates::new(pages.count(), config.start).ok_or_else(no_memory)?;
+        // Nothing that is always shared needs a pin.
+        let pinnable = match backing.mode() {
+            Mode::Private => pages.count(),
+            Mode::Mapped => 0,
+        };
         Ok(Self {
             id,
             pages,
-            pins: Pins::new(pages.count()).ok_or_else(no_memory)?,
+            pins: Pins::new(pinnable).ok_or_else(no_memory)?,
             closed: states.closed(),
             states: Mutex::new(states),
             mode: backing.mode(),
@@ -308,36 +315,38 @@ impl Backend {
             .all(|(_, state)| accepted(state))
     }
 
-    /// Lets the host use pages of the shared view until they are [unpinned](Backend::unpin): none of
-    /// them becomes private meanwhile. Refused if one is private, or just being converted. Never
-    /// waits.
-    ///
-    /// # Panics
-    /// If the range does not lie inside the backend.
-    pub fn pin(&self, pages: FilePages) -> Result<()> {
+    /// Pins pages if none of them is private or in transition; says otherwise which state is in the
+    /// way.
+    pub(crate) fn try_pin(&self, pages: FilePages) -> std::result::Result<(), PageState> {
         self.pins.add(pages);
-        if self.closed.none_near(pages) || self.all_in(pages, PageState::host_may_use) {
+        if self.closed.none_near(pages) {
             return Ok(());
         }
+        let states = self.states.lock();
+        let closed = states.runs(pages).map(|(_, state)| state);
+        let Some(state) = closed
+            .filter(|state| !state.host_may_use())
+            .min_by_key(|s| *s as usize)
+        else {
+            return Ok(());
+        };
+        drop(states);
         self.pins.remove(pages);
-        Err(Error::NotShared {
-            backend: self.config.name.clone(),
-            pages,
-        })
+        Err(state)
     }
 
-    /// Takes back what [`Backend::pin`] has granted for the same pages, or a part of them.
+    /// Takes back what [`Vm::pin`](crate::Vm::pin) has granted for the same pages.
     ///
     /// # Panics
     /// If the range does not lie inside the backend.
     pub fn unpin(&self, pages: FilePages) -> Result<()> {
-        match self.pins.remove(pages) {
-            true => Ok(()),
-            false => Err(Error::NotPinned {
-                backend: self.config.name.clone(),
-                pages,
-            }),
+        if self.mode == Mode::Mapped || self.pins.remove(pages) {
+            return Ok(());
         }
+        Err(Error::NotPinned {
+            backend: self.config.name.clone(),
+            pages,
+        })
     }
 
     /// Bytes per state and counters.
@@ -362,6 +371,7 @@ impl Backend {
             hypercalls: get(&counters.hypercalls),
             refused: get(&counters.refused),
             waits: get(&counters.waits),
+            pinned: self.pins.bytes(),
             unpunched: self.unpunched_bytes(),
         }
     }

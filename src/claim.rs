@@ -129,6 +129,16 @@ impl Claims {
         self.held.lock().conflicts(backend, pages, me)
     }
 
+    /// Does a claim of this thread overlap the range?
+    pub fn is_mine(&self, backend: BackendId, pages: FilePages) -> bool {
+        let me = thread::current().id();
+        self.held
+            .lock()
+            .ranges
+            .iter()
+            .any(|held| held.thread == me && held.backend == backend && held.pages.overlaps(pages))
+    }
+
     /// Waits until no other thread's claim overlaps the range.
     pub fn settle(&self, backend: BackendId, pages: FilePages) {
         let me = Some(thread::current().id());

@@ -130,7 +130,10 @@ impl Vm {
         let timeout = backend.config().convert_timeout;
         backend.counters.waits.fetch_add(1, Ordering::Relaxed);
         let interrupted = || self.listener.interrupted();
-        match backend.pins.wait(*pages, start + timeout, interrupted) {
+        match backend
+            .pins
+            .wait(*pages, start.checked_add(timeout), interrupted)
+        {
             Waited::Unpinned => Ok(()),
             Waited::Interrupted => Err(Error::Interrupted { guest }),
             Waited::TimedOut => Err(Error::Pinned {
@@ -426,6 +429,30 @@ impl Vm {
             }
         }
         moves.finish(|_| PageState::Undecided);
+        Ok(())
+    }
+
+    /// Lets the host use pages of the shared view until they are
+    /// [unpinned](Backend::unpin): none of them becomes private meanwhile. Refused if one is private.
+    /// Waits for conversions that other threads have under way, which may end in the shared view, but
+    /// for nothing else.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn pin(&self, backend: &Backend, pages: FilePages) -> Result<()> {
+        if backend.mode() == Mode::Mapped {
+            return Ok(());
+        }
+        while let Err(state) = backend.try_pin(pages) {
+            // What this thread has in transition stays so: it is the listener that asks.
+            if state == PageState::Private || self.claims.is_mine(backend.id(), pages) {
+                return Err(Error::NotShared {
+                    backend: backend.config().name.clone(),
+                    pages,
+                });
+            }
+            self.claims.settle(backend.id(), pages);
+        }
         Ok(())
     }
 

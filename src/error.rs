@@ -69,7 +69,9 @@ pub enum Error {
     },
 
     /// The host was to use pages that are the guest's alone.
-    #[error("the host cannot use {pages} of backend '{backend}', which is not all shared")]
+    #[error(
+        "the host cannot use {pages} of backend '{backend}' before the guest has made all of it shared"
+    )]
     NotShared {
         /// Name of the backend.
         backend: String,

@@ -4,16 +4,21 @@
 //!
 //! A pin takes no lock. It is counted first and then looks whether any page near it is closed to the
 //! host; a conversion closes its pages first and then looks for pins. So at least one of the two sees
-//! the other. Counters per chunk make both looks short; counters per page, which cost memory only
-//! where pages are pinned, keep a ring of a device from holding up conversions next to it.
+//! the other.
+//!
+//! Whole chunks are counted as such, so that a device that maps gigabytes costs a few thousand steps;
+//! the rest of a range is counted page by page, so that a ring does not hold up conversions next to
+//! it. Counters of pages cost memory only where pages are pinned.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use bytemuck::Zeroable;
+use bytemuck::allocation::try_zeroed_slice_box;
 use parking_lot::{Condvar, Mutex};
 
-use crate::addr::FilePages;
+use crate::addr::{FilePages, PAGE_SIZE};
 
 /// Pages of a chunk: 4 MiB.
 const CHUNK: u64 = 1024;
@@ -21,43 +26,61 @@ const CHUNK: u64 = 1024;
 /// How often a thread that waits for pins asks whether it is to give up.
 const ASK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The chunks that a range has pages in, each with their number.
-fn chunks(pages: FilePages) -> impl Iterator<Item = (usize, u32)> {
-    (pages.start() / CHUNK..pages.end().div_ceil(CHUNK)).map(move |chunk| {
-        let start = pages.start().max(chunk * CHUNK);
-        let end = pages.end().min((chunk + 1) * CHUNK);
-        (chunk as usize, (end - start) as u32)
-    })
+/// A range's part of a chunk.
+#[derive(Clone, Copy)]
+struct Part {
+    chunk: usize,
+    pages: FilePages,
+}
+
+impl Part {
+    /// The parts that make up a range.
+    fn of(pages: FilePages) -> impl Iterator<Item = Part> + Clone {
+        (pages.start() / CHUNK..pages.end().div_ceil(CHUNK)).filter_map(move |chunk| {
+            let whole = FilePages::new(chunk * CHUNK, (chunk + 1) * CHUNK)?;
+            Some(Part {
+                chunk: chunk as usize,
+                pages: whole.intersection(pages)?,
+            })
+        })
+    }
+
+    fn is_whole(self) -> bool {
+        self.pages.count() == CHUNK
+    }
+}
+
+fn zeroed<T: Zeroable>(count: u64) -> Option<Box<[T]>> {
+    try_zeroed_slice_box(usize::try_from(count).ok()?).ok()
 }
 
 /// How many pages of each chunk the host may not use.
 #[derive(Clone, Debug)]
-pub(crate) struct Closed(Arc<[AtomicU32]>);
+pub(crate) struct Closed(Arc<Box<[AtomicU32]>>);
 
 impl Closed {
-    /// For a number of pages that are all open.
-    pub(crate) fn new(pages: u64) -> Self {
-        let chunks = pages.div_ceil(CHUNK);
-        Self((0..chunks).map(|_| AtomicU32::new(0)).collect())
+    /// For a number of pages that are all open. `None` if there is no memory.
+    pub(crate) fn new(pages: u64) -> Option<Self> {
+        Some(Self(Arc::new(zeroed(pages.div_ceil(CHUNK))?)))
     }
 
     /// The host may not use these pages any more.
     pub(crate) fn close(&self, pages: FilePages) {
-        for (chunk, count) in chunks(pages) {
-            self.0[chunk].fetch_add(count, SeqCst);
+        for part in Part::of(pages) {
+            self.0[part.chunk].fetch_add(part.pages.count() as u32, SeqCst);
         }
     }
 
     /// The host may use these pages again.
     pub(crate) fn open(&self, pages: FilePages) {
-        for (chunk, count) in chunks(pages) {
-            self.0[chunk].fetch_sub(count, SeqCst);
+        for part in Part::of(pages) {
+            self.0[part.chunk].fetch_sub(part.pages.count() as u32, SeqCst);
         }
     }
 
     /// Are all pages of the chunks that these lie in open?
     pub(crate) fn none_near(&self, pages: FilePages) -> bool {
-        chunks(pages).all(|(chunk, _)| self.0[chunk].load(SeqCst) == 0)
+        Part::of(pages).all(|part| self.0[part.chunk].load(SeqCst) == 0)
     }
 }
 
@@ -72,10 +95,14 @@ pub(crate) enum Waited {
 /// The pins of a backend.
 #[derive(Debug)]
 pub(crate) struct Pins {
-    /// How often each page is pinned.
+    /// How often each chunk is pinned as a whole.
+    whole: Box<[AtomicU64]>,
+    /// How many pins there are of a part of each chunk.
+    parts: Box<[AtomicU64]>,
+    /// How many of those each page belongs to.
     pages: Box<[AtomicU32]>,
-    /// Their sum over each chunk.
-    chunks: Box<[AtomicU32]>,
+    /// The sum of all pinned ranges.
+    pinned: AtomicU64,
     /// Threads that wait for pins to go.
     waiting: AtomicU32,
     lock: Mutex<()>,
@@ -85,42 +112,53 @@ pub(crate) struct Pins {
 impl Pins {
     /// `None` if there is no memory for the counters.
     pub(crate) fn new(pages: u64) -> Option<Self> {
-        let zeroed = |count: u64| {
-            let count = usize::try_from(count).ok()?;
-            bytemuck::allocation::try_zeroed_slice_box(count).ok()
-        };
         Some(Self {
+            whole: zeroed(pages.div_ceil(CHUNK))?,
+            parts: zeroed(pages.div_ceil(CHUNK))?,
             pages: zeroed(pages)?,
-            chunks: zeroed(pages.div_ceil(CHUNK))?,
+            pinned: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             lock: Mutex::default(),
             unpinned: Condvar::new(),
         })
     }
 
-    /// Pins pages, whoever may own them. The caller looks afterwards whether any is closed.
-    pub(crate) fn add(&self, pages: FilePages) {
-        for page in self.counters(pages) {
-            page.fetch_add(1, SeqCst);
-        }
-        for (chunk, count) in chunks(pages) {
-            self.chunks[chunk].fetch_add(count, SeqCst);
-        }
+    /// Bytes of all pins: of pages that are pinned twice, twice as many.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pinned.load(SeqCst) * PAGE_SIZE
     }
 
-    /// Takes back one pin of each page. Nothing is done, and `false` returned, if a page has none.
+    /// Pins pages, whoever may own them. The caller looks afterwards whether any is closed.
+    pub(crate) fn add(&self, pages: FilePages) {
+        for part in Part::of(pages) {
+            self.add_part(part);
+        }
+        self.pinned.fetch_add(pages.count(), SeqCst);
+    }
+
+    fn add_part(&self, part: Part) {
+        if part.is_whole() {
+            self.whole[part.chunk].fetch_add(1, SeqCst);
+            return;
+        }
+        for page in self.counters(part.pages) {
+            // Each of these pins is a mapping of the host's, which takes more than four bytes.
+            page.fetch_add(1, SeqCst);
+        }
+        self.parts[part.chunk].fetch_add(1, SeqCst);
+    }
+
+    /// Takes back a pin of exactly these pages. Nothing is done, and `false` returned, if there
+    /// cannot have been one.
     pub(crate) fn remove(&self, pages: FilePages) -> bool {
-        let counters = self.counters(pages);
-        let take = |page: &AtomicU32| page.fetch_update(SeqCst, SeqCst, |pins| pins.checked_sub(1));
-        if let Some(bad) = counters.iter().position(|page| take(page).is_err()) {
-            for page in &counters[..bad] {
-                page.fetch_add(1, SeqCst);
-            }
+        let bad = Part::of(pages).position(|part| !self.remove_part(part));
+        if let Some(bad) = bad {
+            Part::of(pages)
+                .take(bad)
+                .for_each(|part| self.add_part(part));
             return false;
         }
-        for (chunk, count) in chunks(pages) {
-            self.chunks[chunk].fetch_sub(count, SeqCst);
-        }
+        self.pinned.fetch_sub(pages.count(), SeqCst);
         if self.waiting.load(SeqCst) > 0 {
             // With the lock, or a thread that has looked and not yet gone to sleep would miss it.
             let _lock = self.lock.lock();
@@ -129,44 +167,64 @@ impl Pins {
         true
     }
 
-    /// The first run of pinned pages in a range.
-    pub(crate) fn first_in(&self, pages: FilePages) -> Option<FilePages> {
-        let pinned = |page: u64| self.pages[page as usize].load(SeqCst) > 0;
-        let mut start = pages.start();
-        for (chunk, count) in chunks(pages) {
-            let end = start + u64::from(count);
-            if self.chunks[chunk].load(SeqCst) > 0
-                && let Some(first) = (start..end).find(|page| pinned(*page))
-            {
-                let last = (first..pages.end()).find(|page| !pinned(*page));
-                return FilePages::new(first, last.unwrap_or(pages.end()));
-            }
-            start = end;
+    fn remove_part(&self, part: Part) -> bool {
+        let take = |chunk: &AtomicU64| chunk.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
+        if part.is_whole() {
+            return take(&self.whole[part.chunk]).is_ok();
         }
-        None
+        let pages = self.counters(part.pages);
+        let take_page = |page: &AtomicU32| page.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
+        let done = pages.iter().take_while(|page| take_page(page).is_ok());
+        let done = done.count();
+        if done == pages.len() && take(&self.parts[part.chunk]).is_ok() {
+            return true;
+        }
+        for page in &pages[..done] {
+            page.fetch_add(1, SeqCst);
+        }
+        false
     }
 
-    /// Waits until no page of a range is pinned.
+    /// The first pinned pages of a range: not always all of those that follow each other.
+    pub(crate) fn first_in(&self, pages: FilePages) -> Option<FilePages> {
+        Part::of(pages).find_map(|part| {
+            if self.whole[part.chunk].load(SeqCst) > 0 {
+                return Some(part.pages);
+            }
+            if self.parts[part.chunk].load(SeqCst) == 0 {
+                return None;
+            }
+            let pinned = |page: &u64| self.pages[*page as usize].load(SeqCst) > 0;
+            let (start, end) = (part.pages.start(), part.pages.end());
+            let first = (start..end).find(pinned)?;
+            let last = (first..end).find(|page| !pinned(page));
+            FilePages::new(first, last.unwrap_or(end))
+        })
+    }
+
+    /// Waits until no page of a range is pinned, or until the deadline if there is one.
     pub(crate) fn wait(
         &self,
         pages: FilePages,
-        deadline: Instant,
+        deadline: Option<Instant>,
         interrupted: impl Fn() -> bool,
     ) -> Waited {
         self.waiting.fetch_add(1, SeqCst);
         let mut lock = self.lock.lock();
         let waited = loop {
-            if self.first_in(pages).is_none() {
-                break Waited::Unpinned;
-            }
+            // First, or pins that come and go could hold up a thread for ever.
             if interrupted() {
                 break Waited::Interrupted;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
                 break Waited::TimedOut;
             }
-            self.unpinned.wait_for(&mut lock, left.min(ASK_INTERVAL));
+            if self.first_in(pages).is_none() {
+                break Waited::Unpinned;
+            }
+            let pause = left.unwrap_or(ASK_INTERVAL).min(ASK_INTERVAL);
+            self.unpinned.wait_for(&mut lock, pause);
         };
         drop(lock);
         self.waiting.fetch_sub(1, SeqCst);
@@ -183,50 +241,61 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PAGES: u64 = 3 * CHUNK + 7;
+    const PAGES: u64 = 4 * CHUNK + 7;
 
     fn range() -> impl Strategy<Value = FilePages> {
-        (0..PAGES, 1..2 * CHUNK)
-            .prop_map(|(start, n)| FilePages::new(start, PAGES.min(start + n)).unwrap())
+        let any = (0..PAGES, 1..3 * CHUNK).prop_map(|(start, n)| (start, PAGES.min(start + n)));
+        let whole = (0..4u64, 1..3u64).prop_map(|(c, n)| (c * CHUNK, PAGES.min((c + n) * CHUNK)));
+        prop_oneof![any, whole].prop_map(|(start, end)| FilePages::new(start, end).unwrap())
     }
 
     proptest! {
-        /// Pins and what they block against a plain count for each page.
+        /// Pins and what they block against a plain list of them.
         #[test]
-        fn pins_match_a_plain_count(
-            changes in prop::collection::vec((any::<bool>(), range()), 0..30),
+        fn pins_match_a_plain_list(
+            changes in prop::collection::vec((any::<bool>(), range(), any::<prop::sample::Index>()), 0..30),
             asked in range(),
         ) {
             let pins = Pins::new(PAGES).unwrap();
-            let mut model = vec![0u32; PAGES as usize];
-            for (add, pages) in changes {
-                let counts = &mut model[pages.start() as usize..pages.end() as usize];
+            let mut model: Vec<FilePages> = Vec::new();
+            for (add, pages, index) in changes {
                 if add {
                     pins.add(pages);
-                    counts.iter_mut().for_each(|count| *count += 1);
+                    model.push(pages);
+                } else if model.is_empty() {
+                    prop_assert!(!pins.remove(pages), "nothing is pinned");
                 } else {
-                    let all = counts.iter().all(|count| *count > 0);
-                    prop_assert_eq!(pins.remove(pages), all);
-                    if all {
-                        counts.iter_mut().for_each(|count| *count -= 1);
-                    }
+                    let pages = model.swap_remove(index.index(model.len()));
+                    prop_assert!(pins.remove(pages));
                 }
             }
-            let pinned = |page: &u64| model[*page as usize] > 0;
-            let first = (asked.start()..asked.end()).find(pinned);
+            let pinned = |page: u64| model.iter().any(|pages| pages.contains(page));
+            let first = (asked.start()..asked.end()).find(|page| pinned(*page));
             let found = pins.first_in(asked);
             prop_assert_eq!(found.map(FilePages::start), first);
             if let Some(found) = found {
-                prop_assert!((found.start()..found.end()).all(|page| pinned(&page)));
-                prop_assert!(found.end() == asked.end() || !pinned(&found.end()));
+                prop_assert!((found.start()..found.end()).all(pinned));
             }
+            prop_assert_eq!(pins.bytes(), model.iter().map(|pages| pages.bytes()).sum::<u64>());
+        }
+
+        /// What is refused has changed nothing.
+        #[test]
+        fn only_what_is_pinned_can_be_unpinned(pages in range(), more in range()) {
+            let pins = Pins::new(PAGES).unwrap();
+            pins.add(pages);
+            if !pages.covers(more) {
+                prop_assert!(!pins.remove(more));
+            }
+            prop_assert!(pins.remove(pages));
+            prop_assert_eq!(pins.first_in(FilePages::new(0, PAGES).unwrap()), None);
         }
 
         #[test]
         fn a_chunk_is_closed_as_long_as_one_of_its_pages_is(
             pages in range(), more in range(), asked in range(),
         ) {
-            let closed = Closed::new(PAGES);
+            let closed = Closed::new(PAGES).unwrap();
             closed.close(pages);
             closed.close(more);
             closed.open(pages);
@@ -242,11 +311,7 @@ mod tests {
         let pages = FilePages::new(5, 9).unwrap();
         pins.add(pages);
         std::thread::scope(|scope| {
-            let far = Instant::now() + Duration::from_secs(60);
-            let waiter = scope.spawn({
-                let pins = &pins;
-                move || pins.wait(pages, far, || false)
-            });
+            let waiter = scope.spawn(|| pins.wait(pages, None, || false));
             while pins.waiting.load(SeqCst) == 0 {
                 std::thread::yield_now();
             }
@@ -261,7 +326,7 @@ mod tests {
         let pages = FilePages::new(5, 6).unwrap();
         pins.add(pages);
         let soon = Instant::now() + Duration::from_millis(20);
-        assert_eq!(pins.wait(pages, soon, || false), Waited::TimedOut);
-        assert_eq!(pins.wait(pages, soon, || true), Waited::Interrupted);
+        assert_eq!(pins.wait(pages, Some(soon), || false), Waited::TimedOut);
+        assert_eq!(pins.wait(pages, Some(soon), || true), Waited::Interrupted);
     }
 }

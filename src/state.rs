@@ -9,8 +9,6 @@
 //! | 0 | 1 | private |
 //! | 1 | 1 | in transition |
 
-use std::collections::TryReserveError;
-
 use bitvec::prelude::*;
 
 use crate::addr::FilePages;
@@ -109,19 +107,19 @@ pub struct PageStates {
 }
 
 impl PageStates {
-    /// States for `pages` pages that are all in state `initial`. Fails where there is no memory for
-    /// the bitmaps.
-    pub fn new(pages: u64, initial: PageState) -> Result<Self, TryReserveError> {
+    /// States for `pages` pages that are all in state `initial`; `None` where there is no memory
+    /// for the bitmaps.
+    pub fn new(pages: u64, initial: PageState) -> Option<Self> {
         let mut states = Self {
             shared: bitmap(pages)?,
             private: bitmap(pages)?,
             counts: [pages, 0, 0, 0],
-            closed: Closed::new(pages),
+            closed: Closed::new(pages)?,
         };
         if let Some(all) = FilePages::new(0, pages) {
             states.set_run(all, PageState::Undecided, initial);
         }
-        Ok(states)
+        Some(states)
     }
 
     /// Number of pages.
@@ -217,16 +215,16 @@ fn flip_for(value: bool) -> u64 {
     if value { u64::MAX } else { 0 }
 }
 
-fn bitmap(bits: u64) -> Result<BitVec<u64, Lsb0>, TryReserveError> {
+fn bitmap(bits: u64) -> Option<BitVec<u64, Lsb0>> {
     // More than an address space has is more than can be reserved.
     let bits = usize::try_from(bits).unwrap_or(usize::MAX);
     let words = bits.div_ceil(64);
     // `vec!` takes zeroed words untouched from the allocator, so that a large backend costs memory as
     // it is used, but it aborts where there is none: ask first.
-    Vec::<u64>::new().try_reserve_exact(words)?;
+    Vec::<u64>::new().try_reserve_exact(words).ok()?;
     let mut bitmap = BitVec::from_vec(vec![0; words]);
     bitmap.truncate(bits);
-    Ok(bitmap)
+    Some(bitmap)
 }
 
 #[cfg(test)]
@@ -281,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_backend_too_large_for_memory_is_an_error() {
-        PageStates::new(1 << 50, PageState::Undecided).unwrap_err();
+        assert!(PageStates::new(1 << 50, PageState::Undecided).is_none());
     }
 
     #[test]

@@ -68,6 +68,10 @@ impl Machine {
         self.backend.state_runs(file(page, page + 1))[0].1
     }
 
+    fn pin(&self, pages: FilePages) -> guestmemfd::Result<()> {
+        self.vm.pin(&self.backend, pages)
+    }
+
     fn touch(&self, page: u64) -> guestmemfd::Result<u64> {
         let size = guestmemfd::PAGE_SIZE;
         self.vm.memory_fault(page * size, size, true)
@@ -89,7 +93,7 @@ const LONG: Duration = Duration::from_secs(60);
 fn the_last_unpin_lets_a_waiting_conversion_go_on() {
     let machine = Machine::new(LONG);
     for _ in 0..2 {
-        machine.backend.pin(file(8, 16)).unwrap();
+        machine.pin(file(8, 16)).unwrap();
     }
     thread::scope(|scope| {
         let vcpu = scope.spawn(|| machine.vm.convert(guest(0, 32), View::Private));
@@ -109,14 +113,14 @@ fn the_last_unpin_lets_a_waiting_conversion_go_on() {
 #[test]
 fn a_conversion_that_waits_holds_up_no_other() {
     let machine = Machine::new(LONG);
-    machine.backend.pin(file(8, 9)).unwrap();
+    machine.pin(file(8, 9)).unwrap();
     thread::scope(|scope| {
         scope.spawn(|| machine.vm.convert(guest(0, 32), View::Private).unwrap());
         while machine.backend.stats().waits == 0 {
             thread::yield_now();
         }
         assert_eq!(machine.vm.convert(guest(0, 8), View::Private).unwrap(), 8);
-        machine.backend.pin(file(9, 10)).unwrap();
+        machine.pin(file(9, 10)).unwrap();
         machine.backend.unpin(file(9, 10)).unwrap();
         machine.backend.unpin(file(8, 9)).unwrap();
     });
@@ -126,7 +130,7 @@ fn a_conversion_that_waits_holds_up_no_other() {
 #[test]
 fn a_request_whose_pages_stay_pinned_changes_nothing() {
     let machine = Machine::new(SHORT);
-    machine.backend.pin(file(8, 9)).unwrap();
+    machine.pin(file(8, 9)).unwrap();
     let start = Instant::now();
     let error = machine.vm.convert(guest(0, 32), View::Private).unwrap_err();
     assert!(start.elapsed() >= SHORT);
@@ -137,7 +141,7 @@ fn a_request_whose_pages_stay_pinned_changes_nothing() {
 #[test]
 fn a_touch_of_a_pinned_page_waits_and_is_tried_again_by_the_guest() {
     let machine = Machine::new(SHORT);
-    machine.backend.pin(file(8, 9)).unwrap();
+    machine.pin(file(8, 9)).unwrap();
     assert_eq!(machine.touch(8).unwrap(), 0);
     assert_eq!(machine.state(8), PageState::Undecided);
     machine.backend.unpin(file(8, 9)).unwrap();
@@ -148,8 +152,8 @@ fn a_touch_of_a_pinned_page_waits_and_is_tried_again_by_the_guest() {
 #[test]
 fn pinned_pages_stay_behind_when_a_chunk_is_decided() {
     let machine = Machine::new(SHORT);
-    machine.backend.pin(file(8, 10)).unwrap();
-    machine.backend.pin(file(20, 21)).unwrap();
+    machine.pin(file(8, 10)).unwrap();
+    machine.pin(file(20, 21)).unwrap();
     assert_eq!(machine.touch(3).unwrap(), 1);
     for page in 0..64 {
         let expected = match page {
@@ -163,7 +167,7 @@ fn pinned_pages_stay_behind_when_a_chunk_is_decided() {
 #[test]
 fn a_wait_for_pins_can_be_interrupted() {
     let machine = Machine::new(LONG);
-    machine.backend.pin(file(8, 9)).unwrap();
+    machine.pin(file(8, 9)).unwrap();
     machine.user.kicked.store(true, Ordering::Relaxed);
     let error = machine.vm.convert(guest(8, 9), View::Private).unwrap_err();
     assert!(matches!(error, Error::Interrupted { .. }));
@@ -173,12 +177,45 @@ fn a_wait_for_pins_can_be_interrupted() {
 fn private_pages_are_not_pinned_and_their_neighbours_are() {
     let machine = Machine::new(SHORT);
     machine.vm.convert(guest(8, 9), View::Private).unwrap();
-    let refused = machine.backend.pin(file(7, 9)).unwrap_err();
+    let refused = machine.pin(file(7, 9)).unwrap_err();
     assert!(matches!(refused, Error::NotShared { .. }));
-    machine.backend.pin(file(7, 8)).unwrap();
+    machine.pin(file(7, 8)).unwrap();
     let again = machine.backend.unpin(file(7, 9)).unwrap_err();
     assert!(matches!(again, Error::NotPinned { .. }));
     machine.backend.unpin(file(7, 8)).unwrap();
+}
+
+/// What is in use as shared stays so when pages around it are decided, and can be pinned meanwhile.
+#[test]
+fn a_pin_waits_for_a_conversion_that_leaves_the_page_shared() {
+    let machine = Machine::new(LONG);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                machine.vm.discard(&machine.backend, file(0, 64)).unwrap();
+                machine.vm.write(8 << 12, b"data").unwrap();
+                machine.touch(3).unwrap();
+            }
+        });
+        for _ in 0..10_000 {
+            machine.pin(file(8, 9)).unwrap();
+            machine.backend.unpin(file(8, 9)).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(machine.backend.stats().pinned, 0);
+}
+
+#[test]
+fn pages_pinned_very_often_do_not_become_private() {
+    let machine = Machine::new(SHORT);
+    let chunk = file(1024, 2048);
+    (0..1 << 22).for_each(|_| machine.pin(chunk).unwrap());
+    let wanted = guest(1500, 1501);
+    machine.vm.convert(wanted, View::Private).unwrap_err();
+    (0..1 << 22).for_each(|_| machine.backend.unpin(chunk).unwrap());
+    machine.vm.convert(wanted, View::Private).unwrap();
 }
 
 /// Whoever holds a pin must find the page shared as long as it does.
@@ -191,7 +228,7 @@ fn pins_and_conversions_that_race_never_both_have_a_page() {
         for _ in 0..2 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
-                    if machine.backend.pin(pages).is_ok() {
+                    if machine.pin(pages).is_ok() {
                         for (_, state) in machine.backend.state_runs(pages) {
                             assert_ne!(state, PageState::Private);
                         }
@@ -208,5 +245,5 @@ fn pins_and_conversions_that_race_never_both_have_a_page() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    assert!(machine.backend.pin(pages).is_ok());
+    assert!(machine.pin(pages).is_ok());
 }

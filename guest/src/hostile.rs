@@ -179,7 +179,8 @@ impl World {
 fn range(gpa: u64, pages: u64) -> Option<Range> {
     let size = pages.checked_mul(PAGE_SIZE).filter(|&size| size > 0)?;
     let end = gpa.checked_add(size)?;
-    (gpa % PAGE_SIZE == 0).then_some(Range { start: gpa, end })
+    gpa.is_multiple_of(PAGE_SIZE)
+        .then_some(Range { start: gpa, end })
 }
 
 #[cfg(test)]

@@ -167,7 +167,8 @@ impl Tester<'_> {
         let got = hypercall::map_gpa_range(gpa, pages, attributes);
         let frame = gpa / PAGE_SIZE;
         // KVM itself refuses what is not aligned, empty, or wraps as frame numbers.
-        let passed_on = gpa % PAGE_SIZE == 0 && pages > 0 && frame.checked_add(pages).is_some();
+        let passed_on =
+            gpa.is_multiple_of(PAGE_SIZE) && pages > 0 && frame.checked_add(pages).is_some();
         if passed_on && self.memory.contains(gpa) {
             self.model.counts.hypercalls += 1;
             self.model.counts.refused += u64::from(got != 0);

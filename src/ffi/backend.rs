@@ -44,7 +44,7 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
     if size == 0 {
         return Err(Failure::Argument("can't create backend with size 0".into()));
     }
-    if size % PAGE_SIZE != 0 {
+    if !size.is_multiple_of(PAGE_SIZE) {
         return Err(Failure::Argument(format!(
             "size {size:#x} is not a multiple of {PAGE_SIZE:#x}"
         )));
@@ -183,8 +183,8 @@ pub unsafe extern "C" fn guestmemfd_backend_is_populated(
 }
 
 /// Lets the host use these bytes until guestmemfd_backend_unpin(): none of their pages becomes
-/// private meanwhile. -EACCES if one is private, or just being converted. Takes no lock that is held
-/// for long, and never waits. No alignment is needed.
+/// private meanwhile. -EACCES if one is private. Waits for conversions of them that other threads have
+/// under way, but for nothing else. No alignment is needed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_pin(
     backend: *const guestmemfd_backend,
@@ -193,8 +193,9 @@ pub unsafe extern "C" fn guestmemfd_backend_pin(
     error: *mut guestmemfd_error,
 ) -> i32 {
     guard(error, || {
-        let backend = &check_ref(backend, "backend")?.backend;
-        Ok(backend.pin(backend.pages_covering(offset, size)?)?)
+        let backend = check_ref(backend, "backend")?;
+        let pages = backend.backend.pages_covering(offset, size)?;
+        Ok(backend.vm.pin(&backend.backend, pages)?)
     })
 }
 
@@ -241,6 +242,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             faults_shared: stats.faults_shared,
             refused: stats.refused,
             waits: stats.waits,
+            pinned_bytes: stats.pinned,
             unpunched_bytes: stats.unpunched,
             mode: mode_number(backend.mode()),
             discard: discard_number(backend.config().discard),

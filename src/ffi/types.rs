@@ -131,6 +131,8 @@ pub struct guestmemfd_stats {
     pub refused: u64,
     /// Requests that waited for pinned pages.
     pub waits: u64,
+    /// Bytes of all pins.
+    pub pinned_bytes: u64,
     /// Bytes whose hole is still to be punched.
     pub unpunched_bytes: u64,
     /// How the backend keeps its pages; never GUESTMEMFD_MODE_AUTO.

@@ -112,17 +112,16 @@ fn at_hand(
     downloads: &Path,
     file: &Distfile,
 ) -> Result<Option<PathBuf>> {
-    if let Some(folder) = &ctx.distfiles {
-        if let Some(path) = names(file.name)
+    if let Some(folder) = &ctx.distfiles
+        && let Some(path) = names(file.name)
             .map(|name| folder.join(name))
             .find(|p| p.exists())
-        {
-            step.say(format_args!("verifying {}", path.display()));
-            verify(&path, file).map_err(|error| {
-                anyhow!("{error:#}; take the file out of this folder, or put a good one there")
-            })?;
-            return Ok(Some(path));
-        }
+    {
+        step.say(format_args!("verifying {}", path.display()));
+        verify(&path, file).map_err(|error| {
+            anyhow!("{error:#}; take the file out of this folder, or put a good one there")
+        })?;
+        return Ok(Some(path));
     }
     let path = downloads.join(file.name);
     if !path.exists() {

@@ -61,7 +61,7 @@ impl Racer {
     /// turns at being the one that touches privately.
     fn pages(&self, group: usize) -> impl Iterator<Item = (usize, Intent)> {
         let mut random = Random::new(self.seed ^ ((group as u64) << 8 | self.cpu as u64));
-        let view = if (self.cpu + group) % 2 == 0 {
+        let view = if (self.cpu + group).is_multiple_of(2) {
             Shared
         } else {
             Private

@@ -134,7 +134,7 @@ impl Memory {
             .iter()
             .find(|window| window.gpa <= gpa && end <= window.gpa + window.size);
         let window = window.with_context(|| format!("{gpa:#x} to {end:#x} is no RAM"))?;
-        ensure!(gpa % PAGE == 0 && pages > 0, "no whole pages");
+        ensure!(gpa.is_multiple_of(PAGE) && pages > 0, "no whole pages");
         let attributes = if private {
             u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE)
         } else {

@@ -40,6 +40,7 @@ pub(crate) struct Backend {
     pub(crate) faults_shared: u64,
     pub(crate) refused: u64,
     pub(crate) waits: u64,
+    pub(crate) pinned_bytes: u64,
     pub(crate) unpunched_bytes: u64,
     /// Without lazy attributes there is none.
     pub(crate) lazy_chunk: Option<u64>,

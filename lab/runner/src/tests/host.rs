@@ -5,7 +5,8 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use elf::ElfBytes;
@@ -26,7 +27,15 @@ use crate::vm::{Scenario, Vm};
 const LENGTH: u64 = 64;
 
 pub(super) fn tests() -> Vec<Test> {
-    vec![Test::new("host/access", &[Need::PrivateMemory], access)]
+    let private = &[Need::PrivateMemory];
+    let mut tests = vec![Test::new("host/access", private, access)];
+    for (name, machine) in [("same", ""), ("new", ",x-change-vmfd-on-reset=on")] {
+        let name = format!("host/reset-while-waiting-{name}-vm-file");
+        tests.push(Test::new(name, private, move |context| {
+            reset_while_waiting(context, machine)
+        }));
+    }
+    tests
 }
 
 /// A page that is private, one that is shared, and what the host wrote to that.
@@ -38,19 +47,13 @@ struct Pages {
 
 fn access(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
-    let image = dir.path().join("image");
-    fs::write(&image, disk_content()?)?;
     let gdb = dir.path().join("gdb");
-    let vm = Vm::conformance(&context.files, Scenario::Device, false, SIZE, 1);
-    let vm = guests::with_properties(vm, "lazy-attributes=off,convert-timeout=200")
-        .with_arguments(&format!(
-            "-blockdev driver=file,node-name=disk,filename={} -device virtio-blk-pci,drive=disk",
-            image.display()
-        ))
-        .with_arguments(&format!(
+    let vm = device_vm(context, &dir, "lazy-attributes=off,convert-timeout=200")?.with_arguments(
+        &format!(
             "-chardev socket,id=gdb,path={},server=on,wait=off -gdb chardev:gdb",
             gdb.display()
-        ));
+        ),
+    );
     let mut qemu = context.start(&vm)?;
     qemu.qmp.run("cont", json!({}))?;
     let line = guest::wait_line(&qemu, "# device:", GUEST_LIMIT)?;
@@ -80,10 +83,66 @@ fn access(context: &Context) -> Result<()> {
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let backend = query::backend(&mut qemu.qmp)?;
     freed::files_match(&backend, qemu.pid())?;
-    ensure!(backend.waits > 0, "no conversion waited: {backend:?}");
+    ensure!(
+        backend.waits > 0 && backend.pinned_bytes == 0,
+        "no conversion waited, or something is still pinned: {backend:?}"
+    );
     let tap = guest::finish(&mut qemu)?;
     ensure!(tap.verdict()? >= 6, "the guest has left something out");
     Ok(())
+}
+
+/// The guest that gives private memory to devices, with a disk.
+fn device_vm(context: &Context, dir: &TempDir, properties: &str) -> Result<Vm> {
+    let image = dir.path().join("image");
+    fs::write(&image, disk_content()?)?;
+    let vm = Vm::conformance(&context.files, Scenario::Device, false, SIZE, 1);
+    let disk = format!(
+        "-blockdev driver=file,node-name=disk,filename={} -device virtio-blk-pci,drive=disk",
+        image.display()
+    );
+    Ok(guests::with_properties(vm, properties).with_arguments(&disk))
+}
+
+/// A vCPU waits for a ring that will not be unpinned. The reset takes it out of its wait, unpins the
+/// ring, and the guest begins anew.
+fn reset_while_waiting(context: &Context, machine: &str) -> Result<()> {
+    let dir = TempDir::new()?;
+    let mut vm = device_vm(context, &dir, "convert-timeout=3600000")?;
+    vm.machine.push_str(machine);
+    let mut qemu = context.start(&vm)?;
+    for _ in 0..2 {
+        waiting(&mut qemu)?;
+        qemu.qmp.run("system_reset", json!({}))?;
+        qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+        let backend = query::backend(&mut qemu.qmp)?;
+        ensure!(
+            backend.pinned_bytes == 0,
+            "pinned after a reset: {backend:?}"
+        );
+        qemu.alive()?;
+    }
+    qemu.quit()?;
+    Ok(())
+}
+
+/// Lets the guest run until it waits once more than it did.
+fn waiting(qemu: &mut Qemu) -> Result<()> {
+    let before = query::backend(&mut qemu.qmp)?.waits;
+    qemu.qmp.run("cont", json!({}))?;
+    let deadline = Instant::now() + GUEST_LIMIT;
+    loop {
+        let backend = query::backend(&mut qemu.qmp)?;
+        if backend.waits > before {
+            return Ok(());
+        }
+        let status = guest::status(qemu)?;
+        ensure!(
+            status == "running" && Instant::now() < deadline,
+            "no conversion waits, the guest is {status}: {backend:?}"
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// The disk that the guest reads.
