@@ -4,6 +4,7 @@
 
 use guestmemfd::*;
 
+use crate::fault::LASTING;
 use crate::machine::*;
 
 /// Waits for the worker.
@@ -56,7 +57,7 @@ fn the_worker_tries_again_what_it_could_not_punch() {
     machine.write(View::Shared, 16, 1);
     machine.vm.convert(guest(20, 21), View::Private).unwrap();
     // From here on every call fails. It may have come too late for the hole, which is as well.
-    machine.fault.arm_lasting(1);
+    machine.fault.arm_pair(1, LASTING);
     std::thread::sleep(std::time::Duration::from_millis(50));
     machine.fault.arm(0);
     until("punched", || machine.backend.stats().unpunched == 0);

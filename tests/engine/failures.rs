@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use guestmemfd::*;
 use proptest::prelude::*;
 
+use crate::fault::LASTING;
 use crate::machine::*;
 use crate::request::*;
 
@@ -63,15 +64,18 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// While the kernel refuses everything from some call on, even taking back can fail. Once it
+    /// Where two calls fail, or all from some call on, even taking back can fail. Once the kernel
     /// serves again, the next conversion of the pages puts them right.
     #[test]
-    fn after_lasting_failures_the_next_conversion_puts_things_right(
-        requests in prop::collection::vec((request(), 0u64..8), 1..12),
+    fn after_several_failures_the_next_conversion_puts_things_right(
+        requests in prop::collection::vec(
+            (request(), 0u64..8, prop_oneof![Just(LASTING), 1u64..8]),
+            1..12,
+        ),
     ) {
         let machine = Machine::new();
-        for (request, nth) in requests {
-            machine.fault.arm_lasting(nth);
+        for (request, nth, again) in requests {
+            machine.fault.arm_pair(nth, again);
             // Its answer is the other test's matter.
             let _ = match &request {
                 Request::Convert(guest, to) => machine.vm.convert(*guest, *to).map(|_| ()),
@@ -91,8 +95,6 @@ proptest! {
         prop_assert_eq!(machine.backend.stats().unpunched, 0);
     }
 }
-
-/// What guest and host do to memory with lazy attributes.
 
 #[test]
 fn what_a_device_wrote_before_the_pages_were_taken_back_is_not_kept() {

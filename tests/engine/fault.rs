@@ -16,20 +16,33 @@ use rustix::io::Errno;
 pub(crate) struct Fault {
     /// The n-th call from now fails; 0: none does.
     pub(crate) nth: AtomicU64,
-    /// All after it fail too.
-    pub(crate) lasting: AtomicBool,
+    /// And the n-th after that, or all if this is [`LASTING`].
+    again: AtomicU64,
+    /// How many have failed: they fail for different reasons.
+    failed: AtomicU64,
     pub(crate) slow: AtomicBool,
 }
 
+/// All calls after the first that fails fail too.
+pub(crate) const LASTING: u64 = u64::MAX;
+
+const REASONS: [Errno; 5] = [
+    Errno::NOMEM,
+    Errno::INTR,
+    Errno::AGAIN,
+    Errno::INVAL,
+    Errno::FAULT,
+];
+
 impl Fault {
     pub(crate) fn arm(&self, nth: u64) {
-        self.nth.store(nth, Ordering::SeqCst);
-        self.lasting.store(false, Ordering::SeqCst);
+        self.arm_pair(nth, 0);
     }
 
-    pub(crate) fn arm_lasting(&self, nth: u64) {
-        self.arm(nth);
-        self.lasting.store(true, Ordering::SeqCst);
+    /// The n-th call from now fails, and the n-th after it (0: none; or [`LASTING`]).
+    pub(crate) fn arm_pair(&self, nth: u64, again: u64) {
+        self.nth.store(nth, Ordering::SeqCst);
+        self.again.store(again, Ordering::SeqCst);
     }
 
     /// Calls until the next failure; 0 once it has happened.
@@ -56,10 +69,12 @@ impl Fault {
         match self.left() {
             0 => Ok(()),
             1 => {
-                if !self.lasting.load(Ordering::SeqCst) {
-                    self.nth.store(0, Ordering::SeqCst);
+                match self.again.load(Ordering::SeqCst) {
+                    LASTING => {}
+                    again => self.arm(again),
                 }
-                Err(Errno::NOMEM.into())
+                let failed = self.failed.fetch_add(1, Ordering::SeqCst);
+                Err(REASONS[failed as usize % REASONS.len()].into())
             }
             left => {
                 self.nth.store(left - 1, Ordering::SeqCst);
