@@ -3,20 +3,16 @@
 //! What the library's own data structures cost on this machine, without a kernel: states beside plain
 //! words and beside vm-memory's bitmap, windows, claims, pins. `cargo bench`.
 
+mod common;
+
 use std::hint::black_box;
-use std::io;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
-use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use guestmemfd::backend::BackendId;
 use guestmemfd::claim::Claims;
-use guestmemfd::listener::Level;
-use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::state::{PageState, PageStates};
 use guestmemfd::window::{Window, WindowTable};
-use guestmemfd::{Backend, BackendConfig, Discard, Listener, Mode, Prefault, View, Vm};
 use guestmemfd::{FilePages, GuestPages, PAGE_SIZE};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
@@ -155,41 +151,11 @@ fn claims(c: &mut Criterion) {
     }
 }
 
-struct Quiet;
-
-impl Listener for Quiet {
-    fn gap(&self, _guest: GuestPages, _to: View) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn log(&self, _level: Level, _message: &str) {}
-}
-
-/// A backend whose first page is private, on no hypervisor.
-fn backend(pages: u64) -> guestmemfd::Result<(Vm, Arc<Backend>)> {
-    let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(Quiet));
-    let backend = vm.create_backend(BackendConfig {
-        name: "ram".to_owned(),
-        size: pages * PAGE_SIZE,
-        mode: Some(Mode::Private),
-        bind: false,
-        discard: Discard::Now,
-        start: PageState::Undecided,
-        lazy: None,
-        prefault: Prefault::Off,
-        convert_timeout: Duration::ZERO,
-        tag: 0,
-    })?;
-    vm.add_window(&backend, guest(0, pages), 0, true)?;
-    vm.map_gpa_range(0, 1, 1 << 4)?;
-    Ok((vm, backend))
-}
-
 /// Close to a private page every state is looked at; elsewhere a counter says that there is none.
 fn pins(c: &mut Criterion) {
     let mut group = c.benchmark_group("pin and unpin");
     for (name, pages) in SIZES {
-        let (vm, backend) = backend(pages).expect("a backend");
+        let (vm, backend) = common::backend(pages).expect("a backend");
         for count in [1, LARGE] {
             for (place, start) in [("beside a private page", 1), ("elsewhere", GIB)] {
                 let id = BenchmarkId::new(format!("{count} pages {place}"), name);
