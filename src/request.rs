@@ -9,6 +9,7 @@ use crate::addr::GuestPages;
 use crate::backend::{Backend, Counters};
 use crate::convert::Neighbours;
 use crate::error::{Error, Result};
+use crate::listener::Level;
 use crate::state::View;
 use crate::vm::Vm;
 use crate::window::Part;
@@ -61,7 +62,10 @@ impl Vm {
             // There may be memory for a single page.
             Err(Error::SetAttributes { .. }) => self.convert(guest, to),
             // The guest touches it again, and waits again.
-            Err(Error::Pinned { .. }) => Ok(0),
+            Err(pinned @ Error::Pinned { .. }) => {
+                self.listener.log(Level::Warning, &pinned.to_string());
+                Ok(0)
+            }
             result => result,
         };
         let backend = self.backend_at(gpa);

@@ -325,8 +325,7 @@ fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
         step.amount(done, total);
     }
     // The reason follows in comments.
-    let of_failure =
-        tap.last_failed() && line.starts_with('#') || line.starts_with("# tried again");
+    let of_failure = tap.last_failed() && line.starts_with('#');
     if of_failure || line.starts_with("not ok") || line.starts_with("Bail out!") {
         step.note(line);
     }

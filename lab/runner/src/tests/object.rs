@@ -22,7 +22,7 @@ pub(super) fn tests() -> Vec<Test> {
 /// Wrong for every VM: shown on one that has private memory, so that nothing else is wrong.
 fn bad_properties() -> Vec<Test> {
     // Name, object, and words of which the message must contain one.
-    let cases: [(&str, String, &[&str]); 13] = [
+    let cases: [(&str, String, &[&str]); 14] = [
         ("size-zero", backend("size=0"), &["doesn't take value '0'"]),
         (
             "size-absent",
@@ -65,6 +65,11 @@ fn bad_properties() -> Vec<Test> {
             "lazy-chunk-odd",
             backend("size=256M,lazy-chunk=3M"),
             &["lazy-chunk", "power of two"],
+        ),
+        (
+            "convert-timeout-0",
+            backend("size=256M,convert-timeout=0"),
+            &["convert-timeout", "millisecond"],
         ),
         (
             "mode-mapped",
@@ -110,6 +115,12 @@ fn bad_machines() -> Vec<Test> {
             &[Need::MappedMemory],
             ordinary("size=256M,hugetlb=on"),
             &["4 KiB"],
+        ),
+        refused(
+            "ordinary-vm-lazy-attributes",
+            &[Need::MappedMemory],
+            ordinary("size=256M,lazy-attributes=on"),
+            &["lazy-attributes=on", "no private memory"],
         ),
         refused("used-twice", &[Need::PrivateMemory], twice, &["ram0"]),
     ]
