@@ -11,6 +11,9 @@ use super::breakdown;
 use super::plan::SUBJECTS;
 use super::rows::Row;
 
+/// The unit of rows that say how many times as much is done.
+pub(super) const RATIO: &str = "x one vCPU";
+
 /// Rows that the table leaves to `report.json`: their sum is a row.
 const PARTS: [&str; 3] = ["-request", "-touch", "-later"];
 
@@ -52,7 +55,7 @@ fn cell(of_row: &[&Row], subject: (&str, &str)) -> String {
     let Some(row) = of_row.iter().find(|row| is(row, subject)) else {
         return String::new();
     };
-    let value = thousands(row.value);
+    let value = number(row);
     if subject.0 != "ours" {
         return value;
     }
@@ -61,6 +64,13 @@ fn cell(of_row: &[&Row], subject: (&str, &str)) -> String {
         _ => "–".to_owned(),
     };
     format!("{value} ({}, {})", ratio("upstream"), ratio("floor"))
+}
+
+fn number(row: &Row) -> String {
+    match row.unit.as_str() {
+        RATIO => format!("{:.2}", row.value),
+        _ => thousands(row.value),
+    }
 }
 
 /// The best variant of a subject.
@@ -129,6 +139,14 @@ mod tests {
         let text = table(&rows).to_string();
         assert!(text.contains("1,200 (0.60, 1.50)"), "{text}");
         assert!(!text.contains("coalesced"), "{text}");
+    }
+
+    #[test]
+    fn ratios_keep_their_fractions() {
+        let mut ratio = row("floor", "", 1.256);
+        ratio.unit = RATIO.to_owned();
+        let text = table(&[ratio]).to_string();
+        assert!(text.contains("1.26"), "{text}");
     }
 
     #[test]

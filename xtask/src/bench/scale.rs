@@ -11,6 +11,7 @@ use crate::level1::{Task, memory_for, quote};
 
 use super::Bench;
 use super::plan::{MAIN, Measurement};
+use super::report::RATIO;
 use super::rows::{Line, Row};
 
 /// How often each subject runs with each number of vCPUs.
@@ -88,7 +89,7 @@ fn rows(times: &Times) -> Result<Vec<Row>> {
                 subject: subject.to_owned(),
                 variant: variant.to_owned(),
                 value: (one / time * 1000.0).round() / 1000.0,
-                unit: "x one vCPU".to_owned(),
+                unit: RATIO.to_owned(),
             })
         })
         .collect()
