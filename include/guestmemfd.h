@@ -509,9 +509,9 @@ int32_t guestmemfd_vm_memory_fault(struct guestmemfd_vm *vm,
                                    struct guestmemfd_error *error);
 
 /**
- * Serves KVM_HC_MAP_GPA_RANGE with the arguments as the guest gave them; what it returns is the
- * answer to the guest. -EINTR only if the interrupted callback asked for it: then call again, as the
- * guest will not.
+ * Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them; what
+ * it returns is the answer to the guest. -EINTR only if the interrupted callback asked for it: then
+ * call again, as the guest will not.
  */
 int32_t guestmemfd_vm_map_gpa_range(struct guestmemfd_vm *vm,
                                     uint64_t gpa,

@@ -9,11 +9,33 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use nix::unistd::{SysconfVar, sysconf};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::{Errno, retry_on_intr};
 
-use crate::addr::FilePages;
+use crate::addr::{FilePages, PAGE_SIZE};
+use crate::error::{Error, Result};
 use crate::state::View;
+
+/// States are kept for pages of [`PAGE_SIZE`], which must be the kernel's: it punches and converts no
+/// smaller ones. On arm64 it may have larger pages.
+pub(crate) fn check_page_size(bytes: u64) -> Result<()> {
+    if bytes == PAGE_SIZE {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        wanted: format!("pages of {PAGE_SIZE} bytes"),
+        found: format!("this kernel's have {bytes}; use one that was built with pages of 4 KiB"),
+    })
+}
+
+/// Of the running kernel, in bytes.
+pub(crate) fn kernel_page_size() -> u64 {
+    let size = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    // Linux always tells.
+    size.and_then(|size| size.try_into().ok())
+        .unwrap_or(PAGE_SIZE)
+}
 
 /// How a backend keeps its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,5 +167,17 @@ impl Backing {
             (Backing::TwoFiles { shared, .. }, View::Shared) => shared.as_ref(),
             (Backing::Mapped { file }, _) => file.as_ref(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_with_larger_pages_is_refused() {
+        check_page_size(kernel_page_size()).unwrap();
+        let error = check_page_size(64 << 10).unwrap_err();
+        assert!(error.to_string().contains("65536"), "{error}");
     }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 
 //! What a guest asks for: by hypercall, or by touching memory. Both end in [`Vm::convert`].
+//!
+//! The hypercall is x86's alone; memory faults are the same on all architectures.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

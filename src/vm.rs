@@ -10,7 +10,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::addr::{FilePages, GuestPages};
 use crate::backend::{Backend, BackendConfig, BackendId, Discard};
-use crate::backing::{Backing, KernelFile, Mode, ViewFile};
+use crate::backing::{Backing, KernelFile, Mode, ViewFile, check_page_size, kernel_page_size};
 use crate::claim::{Claim, Claims};
 
 use crate::error::{Error, Result};
@@ -91,6 +91,7 @@ impl Vm {
         config: BackendConfig,
         shared: Arc<dyn ViewFile>,
     ) -> Result<Arc<Backend>> {
+        check_page_size(kernel_page_size())?;
         check_lazy(&config, shared.as_ref())?;
         if config.discard == Discard::Coalesced {
             self.worker
@@ -103,6 +104,7 @@ impl Vm {
 
     /// Nothing is ever converted: there is nothing to decide lazily, or to discard later.
     fn create_mapped_backend(&self, config: BackendConfig) -> Result<Arc<Backend>> {
+        check_page_size(kernel_page_size())?;
         let file = self.owner().create_mapped_file(config.size);
         let file = file.map_err(|source| Error::CreateFile {
             backend: config.name.clone(),

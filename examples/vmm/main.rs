@@ -7,6 +7,9 @@
 //! `memory` is what a user of the library writes; `machine` hands on the two exits that ask for
 //! conversions; `fw_cfg` is a device whose DMA goes by the states of pages.
 
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the conformance guest is an x86-64 program");
+
 mod fw_cfg;
 mod machine;
 mod memory;

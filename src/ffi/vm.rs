@@ -203,9 +203,9 @@ pub unsafe extern "C" fn guestmemfd_vm_memory_fault(
     })
 }
 
-/// Serves KVM_HC_MAP_GPA_RANGE with the arguments as the guest gave them; what it returns is the
-/// answer to the guest. -EINTR only if the interrupted callback asked for it: then call again, as the
-/// guest will not.
+/// Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them; what
+/// it returns is the answer to the guest. -EINTR only if the interrupted callback asked for it: then
+/// call again, as the guest will not.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_map_gpa_range(
     vm: *mut guestmemfd_vm,

@@ -16,6 +16,7 @@ use guestmemfd::Mode;
 /// The modes, and whether slots carry the file of mapped memory.
 const PRIVATE: (Mode, bool) = (Mode::Private, false);
 const MAPPED: (Mode, bool) = (Mode::Mapped, false);
+#[cfg(target_arch = "x86_64")]
 const MAPPED_BOUND: (Mode, bool) = (Mode::Mapped, true);
 
 #[test]

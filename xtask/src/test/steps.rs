@@ -116,7 +116,30 @@ pub(crate) fn clippy(bench: &Bench, step: &Step) -> Result<Tally> {
         "--deny",
         "warnings",
     ];
-    simple(bench, step, "clippy", &args)
+    simple(bench, step, "clippy", &args)?;
+    arm64(bench, step)
+}
+
+/// The library must compile for arm64, which is checked where the target is installed.
+fn arm64(bench: &Bench, step: &Step) -> Result<Tally> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let folder = output(command(
+        "rustc",
+        ["--print=target-libdir", "--target", TARGET],
+    ))?;
+    if !Path::new(folder.trim()).exists() {
+        return Ok(Tally::pass(format!(
+            "not for arm64: rustup target add {TARGET}"
+        )));
+    }
+    let package = ["clippy", "--package", "guestmemfd", "--lib"];
+    let target = ["--target", TARGET, "--", "--deny", "warnings"];
+    simple(
+        bench,
+        step,
+        "clippy-arm64",
+        &[&package[..], &target].concat(),
+    )
 }
 
 fn simple(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally> {
