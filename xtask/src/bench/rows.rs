@@ -70,81 +70,107 @@ pub(super) enum Clock {
     Time { nanoseconds_per_tick: f64 },
 }
 
-/// The rows of one measurement.
-pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    let mut add = |row: String, value: f64, unit: &str| {
-        let row = match measurement.suffix() {
-            Some(suffix) => format!("{row}-{suffix}"),
-            None => row,
-        };
-        let (scale, unit) = match clock {
-            Clock::Instructions => (1.0, unit.to_owned()),
-            Clock::Time {
+impl Clock {
+    /// What a value of a row is to be multiplied by, and its unit.
+    fn convert(self, row: &str, unit: &str) -> (f64, String) {
+        match self {
+            Self::Instructions => (1.0, unit.to_owned()),
+            Self::Time {
                 nanoseconds_per_tick,
             } => {
-                let of_host = unit == "bytes" || HOST_ROWS.contains(&row.as_str());
+                let of_host = unit == "bytes" || HOST_ROWS.contains(&row);
                 let scale = if of_host { 1.0 } else { nanoseconds_per_tick };
                 (scale, unit.replace("instructions", "ns"))
             }
+        }
+    }
+}
+
+const PER_PAGE: &str = "instructions/page";
+
+/// The rows of one measurement.
+pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> Result<Vec<Row>> {
+    let mut rows = Rows {
+        measurement,
+        clock,
+        rows: Vec::new(),
+    };
+    for line in lines {
+        let name = line.row.clone();
+        let per_unit = line.mean / line.units;
+        match (line.part.as_str(), clock) {
+            ("instruction", Clock::Instructions) => check_unit(per_unit)?,
+            // In time, a single exit of another program would be more than what was put off.
+            ("instruction" | "later", Clock::Time { .. }) => {}
+            // What idling takes is subtracted already.
+            ("idle", _) => {}
+            ("exit", _) => {
+                let name = format!("exit-{}", line.direction);
+                rows.add(name, line.mean, "instructions/exit");
+            }
+            ("request" | "touch" | "later", _) => rows.add_conversion(line, lines),
+            ("repeat", _) => {
+                let name = line.name() + "-repeat";
+                rows.add(name, line.mean, "instructions/request");
+            }
+            ("time", _) => rows.add(name, line.mean, "instructions"),
+            ("page", _) => rows.add(name, per_unit, PER_PAGE),
+            ("nanoseconds", _) => rows.add(name, line.mean, "ns"),
+            ("memory", _) => rows.add(name, line.mean, "bytes"),
+            (memory, _) => rows.add(format!("{name}-{memory}"), line.mean, "bytes"),
+        }
+    }
+    ensure!(!rows.rows.is_empty(), "the guest measured nothing");
+    Ok(rows.rows)
+}
+
+struct Rows<'a> {
+    measurement: &'a Measurement,
+    clock: Clock,
+    rows: Vec<Row>,
+}
+
+impl Rows<'_> {
+    fn add(&mut self, row: String, value: f64, unit: &str) {
+        let row = match self.measurement.suffix() {
+            Some(suffix) => format!("{row}-{suffix}"),
+            None => row,
         };
-        rows.push(Row {
+        let (scale, unit) = self.clock.convert(&row, unit);
+        self.rows.push(Row {
             row,
-            subject: measurement.subject.to_owned(),
-            variant: measurement.variant.to_owned(),
+            subject: self.measurement.subject.to_owned(),
+            variant: self.measurement.variant.to_owned(),
             value: (value * scale * 100.0).round() / 100.0,
             unit,
         });
-    };
-    for line in lines {
+    }
+
+    /// A part of a conversion. With the request, or with the touch if there was none, comes the sum.
+    fn add_conversion(&mut self, line: &Line, lines: &[Line]) {
         let name = line.name();
-        let of = |part| find(lines, line, part);
-        let mean = |part| of(part).map_or(0.0, |line| line.mean / line.units);
-        let per_unit = line.mean / line.units;
-        match line.part.as_str() {
-            "instruction" if matches!(clock, Clock::Instructions) => check_unit(per_unit)?,
-            // In time, a single exit of another program would be more than what was put off.
-            "instruction" | "later" if !matches!(clock, Clock::Instructions) => {}
-            // What idling takes is subtracted already.
-            "idle" => {}
-            "exit" => add(
-                format!("exit-{}", line.direction),
-                line.mean,
-                "instructions/exit",
-            ),
-            part @ ("request" | "touch") if part == "request" || of("request").is_none() => {
-                // Without a request, the touch is what converts.
-                let touch = if part == "request" {
-                    mean("touch")
-                } else {
-                    0.0
-                };
-                let later = match clock {
-                    Clock::Instructions if measurement.puts_off() => mean("later"),
-                    _ => 0.0,
-                };
-                let all = per_unit + touch + later;
-                add(name.clone(), all, "instructions/page");
-                if part == "request" {
-                    add(format!("{name}-request"), per_unit, "instructions/page");
-                }
-                let tail = line.p99 / line.units;
-                add(format!("{name}-tail"), tail, "instructions/page");
-            }
-            "touch" | "later" => {
-                let name = format!("{name}-{}", line.part);
-                add(name, per_unit, "instructions/page");
-            }
-            "repeat" => add(format!("{name}-repeat"), line.mean, "instructions/request"),
-            "time" => add(line.row.clone(), line.mean, "instructions"),
-            "page" => add(line.row.clone(), per_unit, "instructions/page"),
-            "nanoseconds" => add(line.row.clone(), line.mean, "ns"),
-            "memory" => add(line.row.clone(), line.mean, "bytes"),
-            memory => add(format!("{}-{memory}", line.row), line.mean, "bytes"),
+        let mean = |part| find(lines, line, part).map(|line| line.mean / line.units);
+        let request = mean("request");
+        let first = if request.is_some() {
+            "request"
+        } else {
+            "touch"
+        };
+        if line.part == first {
+            let later = match self.clock {
+                Clock::Instructions if self.measurement.puts_off() => mean("later"),
+                _ => None,
+            };
+            let all = [request, mean("touch"), later].into_iter().flatten().sum();
+            self.add(name.clone(), all, PER_PAGE);
+            let tail = line.p99 / line.units;
+            self.add(format!("{name}-tail"), tail, PER_PAGE);
+        }
+        if request.is_some() || line.part == "later" {
+            let per_unit = line.mean / line.units;
+            self.add(format!("{name}-{}", line.part), per_unit, PER_PAGE);
         }
     }
-    ensure!(!rows.is_empty(), "the guest measured nothing");
-    Ok(rows)
 }
 
 fn find<'a>(lines: &'a [Line], of: &Line, part: &str) -> Option<&'a Line> {
