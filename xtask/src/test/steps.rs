@@ -392,10 +392,12 @@ fn own_tests(bench: &Bench, step: &Step, with: bool) -> Result<Tally> {
         objects.contains("memory-backend-guestmemfd") == with,
         "the list of objects (-object help) is not what this build should have"
     );
-    let firmware = image::firmware(ctx)?;
-    for file in fs::read_dir(&firmware)? {
+    // Where a QEMU that has not been installed looks for its ROMs.
+    let bundle = build.join("qemu-bundle/usr/local/share/qemu");
+    fs::create_dir_all(&bundle)?;
+    for file in fs::read_dir(image::firmware(ctx)?)? {
         let file = file?;
-        fs::copy(file.path(), build.join("pc-bios").join(file.file_name()))?;
+        fs::copy(file.path(), bundle.join(file.file_name()))?;
     }
     step.say("running");
     let tools = build.join("pyvenv/bin");
