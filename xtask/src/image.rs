@@ -24,7 +24,7 @@ const FIRMWARE: [&str; 5] = [
     "multiboot_dma.bin",
     "pvh.bin",
 ];
-const FIRMWARE_FOLDERS: [&str; 5] = [
+pub(crate) const FIRMWARE_FOLDERS: [&str; 5] = [
     "/usr/share/seabios",
     "/usr/share/qemu",
     "/usr/share/seavgabios",

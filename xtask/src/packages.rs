@@ -66,6 +66,11 @@ const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
         File("/usr/share/qemu/pvh.bin"),
     ),
     ("busybox-static", &[Image], Tool("busybox")),
+    (
+        "ipxe-qemu",
+        &[Test],
+        File("/usr/lib/ipxe/qemu/efi-e1000.rom"),
+    ),
     ("perl", &[Test], Tool("perl")),
     ("valgrind", &[Test], Tool("valgrind")),
 ];

@@ -370,6 +370,9 @@ pub(crate) fn without(bench: &Bench, step: &Step) -> Result<Tally> {
     own_tests(bench, step, false)
 }
 
+/// Where Debian has the ROMs of network cards.
+const IPXE: &str = "/usr/lib/ipxe/qemu";
+
 /// QEMU's own tests of the x86-64 machine, in a build with the library or without.
 fn own_tests(bench: &Bench, step: &Step, with: bool) -> Result<Tally> {
     let ctx = bench.ctx;
@@ -395,9 +398,17 @@ fn own_tests(bench: &Bench, step: &Step, with: bool) -> Result<Tally> {
     // Where a QEMU that has not been installed looks for its ROMs.
     let bundle = build.join("qemu-bundle/usr/local/share/qemu");
     fs::create_dir_all(&bundle)?;
-    for file in fs::read_dir(image::firmware(ctx)?)? {
-        let file = file?;
-        fs::copy(file.path(), bundle.join(file.file_name()))?;
+    for folder in image::FIRMWARE_FOLDERS.iter().chain(&[IPXE]) {
+        // Distributions have some of these folders.
+        let Ok(files) = fs::read_dir(folder) else {
+            continue;
+        };
+        for file in files {
+            let file = file?;
+            if file.path().is_file() {
+                fs::copy(file.path(), bundle.join(file.file_name()))?;
+            }
+        }
     }
     step.say("running");
     let tools = build.join("pyvenv/bin");
