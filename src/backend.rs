@@ -88,6 +88,25 @@ pub struct BackendConfig {
     pub tag: usize,
 }
 
+impl BackendConfig {
+    /// For a size in bytes, with what is usual for all else: the library chooses the mode, pages start
+    /// undecided and are decided one by one, holes are punched at once.
+    pub fn new(name: impl Into<String>, size: u64) -> Self {
+        Self {
+            name: name.into(),
+            size,
+            mode: None,
+            bind: false,
+            discard: Discard::Now,
+            start: PageState::Undecided,
+            lazy: None,
+            prefault: Prefault::Off,
+            convert_timeout: DEFAULT_CONVERT_TIMEOUT,
+            tag: 0,
+        }
+    }
+}
+
 /// Guest memory with two views.
 #[derive(Debug)]
 pub struct Backend {

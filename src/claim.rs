@@ -14,7 +14,7 @@ use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Mutex};
 
 /// How often a waiting thread asks whether it is to give up.
-const ASK_INTERVAL: Duration = Duration::from_millis(10);
+pub(crate) const ASK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The wait for a claim was interrupted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,17 +55,23 @@ impl Held {
         let earlier = self.waiting.iter().take_while(|w| w.claim != claim);
         let queued: Vec<_> = earlier.flat_map(|w| &w.wanted).collect();
         wanted.iter().any(|&(backend, pages)| {
-            self.conflicts(backend, pages, None)
+            self.overlaps(backend, pages, |_| true)
                 || queued
                     .iter()
                     .any(|(b, p)| *b == backend && p.overlaps(pages))
         })
     }
 
-    fn conflicts(&self, backend: BackendId, pages: FilePages, but_not: Option<ThreadId>) -> bool {
-        self.ranges.iter().any(|held| {
-            held.backend == backend && held.pages.overlaps(pages) && Some(held.thread) != but_not
-        })
+    /// Does a claim of such a thread overlap the range?
+    fn overlaps(
+        &self,
+        backend: BackendId,
+        pages: FilePages,
+        of: impl Fn(ThreadId) -> bool,
+    ) -> bool {
+        self.ranges
+            .iter()
+            .any(|held| held.backend == backend && held.pages.overlaps(pages) && of(held.thread))
     }
 }
 
@@ -125,25 +131,21 @@ impl Claims {
 
     /// Does another thread's claim overlap the range?
     pub fn is_claimed(&self, backend: BackendId, pages: FilePages) -> bool {
-        let me = Some(thread::current().id());
-        self.held.lock().conflicts(backend, pages, me)
+        let me = thread::current().id();
+        self.held.lock().overlaps(backend, pages, |t| t != me)
     }
 
     /// Does a claim of this thread overlap the range?
     pub fn is_mine(&self, backend: BackendId, pages: FilePages) -> bool {
         let me = thread::current().id();
-        self.held
-            .lock()
-            .ranges
-            .iter()
-            .any(|held| held.thread == me && held.backend == backend && held.pages.overlaps(pages))
+        self.held.lock().overlaps(backend, pages, |t| t == me)
     }
 
     /// Waits until no other thread's claim overlaps the range.
     pub fn settle(&self, backend: BackendId, pages: FilePages) {
-        let me = Some(thread::current().id());
+        let me = thread::current().id();
         let mut held = self.held.lock();
-        while held.conflicts(backend, pages, me) {
+        while held.overlaps(backend, pages, |t| t != me) {
             self.released.wait(&mut held);
         }
     }

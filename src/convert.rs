@@ -2,11 +2,11 @@
 
 //! Conversions: moving pages from one view to the other, and discarding both.
 //!
-//! To private: once the host has no pins, listeners let go, the attribute is set, the shared view is punched. To shared: the
-//! attribute is cleared, listeners are told, the private view is punched. So the host's mappings go
-//! before a page becomes private and come after it is shared. A request takes effect as a whole or
-//! not at all; only the hole of a view that has been left may be punched later, before that view is
-//! exposed again.
+//! To private: once the host has no pins, listeners let go, the attribute is set, the shared view is
+//! punched. To shared: the attribute is cleared, listeners are told, the private view is punched. So
+//! the host's mappings go before a page becomes private and come after it is shared. A request takes
+//! effect as a whole or not at all; only the hole of a view that has been left may be punched later,
+//! before that view is exposed again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

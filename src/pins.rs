@@ -12,19 +12,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytemuck::Zeroable;
 use bytemuck::allocation::try_zeroed_slice_box;
 use parking_lot::{Condvar, Mutex};
 
 use crate::addr::{FilePages, PAGE_SIZE};
+use crate::claim::ASK_INTERVAL;
 
 /// Pages of a chunk: 4 MiB.
 const CHUNK: u64 = 1024;
-
-/// How often a thread that waits for pins asks whether it is to give up.
-const ASK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A range's part of a chunk.
 #[derive(Clone, Copy)]
@@ -240,6 +238,7 @@ impl Pins {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     const PAGES: u64 = 4 * CHUNK + 7;
 

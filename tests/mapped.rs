@@ -28,16 +28,11 @@ impl Listener for Silent {
 
 fn config(mode: Option<Mode>, bind: bool) -> BackendConfig {
     BackendConfig {
-        name: "ram".into(),
-        size: PAGES * PAGE_SIZE,
         mode,
         bind,
         discard: Discard::Coalesced,
-        start: PageState::Undecided,
         lazy: Some(lazy::Chunk::default()),
-        prefault: Prefault::Off,
-        convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
-        tag: 0,
+        ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
     }
 }
 

@@ -14,9 +14,7 @@ use guestmemfd::backend::Backend;
 use guestmemfd::lazy::Chunk;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::SoftwareOwner;
-use guestmemfd::{
-    BackendConfig, Discard, Error, FilePages, GuestPages, Listener, PageState, Prefault, View, Vm,
-};
+use guestmemfd::{BackendConfig, Error, FilePages, GuestPages, Listener, PageState, View, Vm};
 
 const PAGES: u64 = 4096;
 
@@ -48,16 +46,9 @@ impl Machine {
         let user = User::default();
         let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(user.clone()));
         let config = BackendConfig {
-            name: "ram".into(),
-            size: PAGES * guestmemfd::PAGE_SIZE,
-            mode: None,
-            bind: false,
-            discard: Discard::Now,
-            start: PageState::Undecided,
             lazy: Some(Chunk::default()),
-            prefault: Prefault::Off,
             convert_timeout,
-            tag: 0,
+            ..BackendConfig::new("ram", PAGES * guestmemfd::PAGE_SIZE)
         };
         let backend = vm.create_backend(config).unwrap();
         vm.add_window(&backend, guest(0, PAGES), 0, true).unwrap();

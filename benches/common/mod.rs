@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use guestmemfd::listener::Level;
 use guestmemfd::owner::SoftwareOwner;
-use guestmemfd::{Backend, BackendConfig, Discard, GuestPages, Listener, Mode, PAGE_SIZE};
-use guestmemfd::{PageState, Prefault, View, Vm};
+use guestmemfd::{Backend, BackendConfig, GuestPages, Listener, Mode, PAGE_SIZE};
+use guestmemfd::{View, Vm};
 
 struct Quiet;
 
@@ -25,16 +25,9 @@ impl Listener for Quiet {
 pub(crate) fn backend(pages: u64) -> guestmemfd::Result<(Vm, Arc<Backend>)> {
     let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(Quiet));
     let backend = vm.create_backend(BackendConfig {
-        name: "ram".to_owned(),
-        size: pages * PAGE_SIZE,
         mode: Some(Mode::Private),
-        bind: false,
-        discard: Discard::Now,
-        start: PageState::Undecided,
-        lazy: None,
-        prefault: Prefault::Off,
         convert_timeout: Duration::ZERO,
-        tag: 0,
+        ..BackendConfig::new("ram", pages * PAGE_SIZE)
     })?;
     let all = GuestPages::new(0, pages).expect("a range");
     vm.add_window(&backend, all, 0, true)?;

@@ -5,41 +5,19 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, bail};
-use guestmemfd_floor::boot;
-use kvm_bindings::{
-    KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    KVM_X86_SW_PROTECTED_VM, kvm_enable_cap,
-};
+use guestmemfd_floor::machine::{EXIT, IDLE, LINE_STATUS, MAP_GPA_RANGE, SERIAL};
+use guestmemfd_floor::{boot, machine};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 use crate::Options;
 use crate::fw_cfg::{self, FwCfg};
 use crate::memory::Memory;
 
-/// `KVM_HC_MAP_GPA_RANGE`, which kvm-bindings lacks.
-const MAP_GPA_RANGE: u64 = 12;
-
-const SERIAL: u16 = 0x3f8;
-const LINE_STATUS: u16 = SERIAL + 5;
-/// Everything that was sent is out.
-const IDLE: u8 = 0x60;
-/// `isa-debug-exit`.
-const EXIT: u16 = 0x501;
-
 /// Runs the guest to its end. Returns the status with which QEMU would end.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     let kvm = Kvm::new().context("/dev/kvm")?;
-    let vm = kvm
-        .create_vm_with_type(KVM_X86_SW_PROTECTED_VM.into())
-        .context("KVM does not offer software-protected VMs here")?;
-    let mut hypercalls = kvm_enable_cap {
-        cap: KVM_CAP_EXIT_HYPERCALL,
-        ..Default::default()
-    };
-    hypercalls.args[0] = 1 << MAP_GPA_RANGE;
-    vm.enable_cap(&hypercalls)
-        .context("KVM_CAP_EXIT_HYPERCALL")?;
-    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+    let vm = machine::new_vm(&kvm)?;
 
     let memory = Memory::new(&kvm, &vm, options)?;
     let ram = memory.ranges();

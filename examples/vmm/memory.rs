@@ -8,12 +8,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use guestmemfd::backend::{BackendStats, DEFAULT_CONVERT_TIMEOUT};
+use guestmemfd::backend::BackendStats;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::KvmOwner;
 use guestmemfd::{
-    Backend, BackendConfig, Discard, GuestPages, Listener, Mode, PAGE_SIZE, PageState, Prefault,
-    View, Vm,
+    Backend, BackendConfig, GuestPages, Listener, Mode, PAGE_SIZE, PageState, View, Vm,
 };
 use kvm_bindings::{KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region2};
 use kvm_ioctls::{Kvm, VmFd};
@@ -72,17 +71,10 @@ impl Memory {
             [kvm.as_raw_fd(), kvm_vm.as_raw_fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
         let vm = Vm::new(Arc::new(KvmOwner::new(kvm_fd, vm_fd)?), Box::new(User));
         let backend = vm.create_backend(BackendConfig {
-            name: "ram".into(),
-            size: ram.iter().map(|ram| ram.size).sum(),
             mode: Some(Mode::Private),
-            bind: false,
-            discard: Discard::Now,
-            start: PageState::Undecided,
             // The guest counts what it causes, page by page.
             lazy: None,
-            prefault: Prefault::Off,
-            convert_timeout: DEFAULT_CONVERT_TIMEOUT,
-            tag: 0,
+            ..BackendConfig::new("ram", ram.iter().map(|ram| ram.size).sum())
         })?;
         let memory = Self {
             mapping: map(&backend, &ram)?,

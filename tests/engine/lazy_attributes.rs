@@ -163,16 +163,9 @@ fn lazy_attributes_need_pages_that_start_undecided() {
     let owner = Arc::new(SoftwareOwner::default());
     let vm = Vm::new(owner, Box::new(MapperHandle(Arc::default())));
     let config = BackendConfig {
-        name: "ram".into(),
-        size: PAGE_SIZE,
-        mode: None,
-        bind: false,
-        discard: Discard::Now,
         start: PageState::Private,
         lazy: Some(lazy::Chunk::default()),
-        prefault: Prefault::Off,
-        convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
-        tag: 0,
+        ..BackendConfig::new("ram", PAGE_SIZE)
     };
     let error = vm.create_backend(config).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");

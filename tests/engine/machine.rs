@@ -62,16 +62,11 @@ impl Machine {
             Box::new(MapperHandle(mapper.clone())),
         );
         let config = BackendConfig {
-            name: "ram".into(),
-            size: PAGES * PAGE_SIZE,
-            mode: None,
-            bind: false,
             discard,
             start,
             lazy,
             prefault: Prefault::Small,
-            convert_timeout: guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT,
-            tag: 0,
+            ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
         };
         let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
         let shared = Arc::new(FaultyFile(shared, fault.clone()));

@@ -5,7 +5,6 @@
 use std::io;
 use std::sync::Arc;
 
-use guestmemfd::backend::DEFAULT_CONVERT_TIMEOUT;
 use guestmemfd::listener::Level;
 use guestmemfd::*;
 
@@ -54,16 +53,9 @@ pub(crate) fn vm(
 ) -> Result<(Vm, Arc<Backend>, [bool; 3])> {
     let vm = Vm::new(owner, Box::new(Silent));
     let backend = vm.create_backend(BackendConfig {
-        name: "ram".into(),
-        size: PAGES * PAGE_SIZE,
         mode: Some(mode),
         bind,
-        discard: Discard::Now,
-        start: PageState::Undecided,
-        lazy: None,
-        prefault: Prefault::Off,
-        convert_timeout: DEFAULT_CONVERT_TIMEOUT,
-        tag: 0,
+        ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
     })?;
     let mut bound = [false; 3];
     for (window, bound) in WINDOWS.into_iter().zip(&mut bound) {

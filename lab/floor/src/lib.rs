@@ -3,3 +3,5 @@
 
 #[cfg(target_arch = "x86_64")] // as the guest is
 pub mod boot;
+#[cfg(target_arch = "x86_64")]
+pub mod machine;

@@ -8,46 +8,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use kvm_bindings::{
-    KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    KVM_X86_SW_PROTECTED_VM, kvm_enable_cap, kvm_pre_fault_memory,
-};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_pre_fault_memory};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
-use guestmemfd_floor::boot;
+use guestmemfd_floor::machine::{EXIT, IDLE, LINE_STATUS, MAP_GPA_RANGE, SERIAL};
+use guestmemfd_floor::{boot, machine};
 
 use crate::Options;
 use crate::memory::{Memory, PAGE};
 
-const MAP_GPA_RANGE: u64 = 12;
 const ENCRYPTED: u64 = 1 << 4;
 /// What a request may say: a page size, and which view.
 const KNOWN: u64 = 0x1f;
 /// As the guest reads it.
 const EINVAL: u64 = -22_i64 as u64;
 
-const SERIAL: u16 = 0x3f8;
-const LINE_STATUS: u16 = SERIAL + 5;
-/// Everything that was sent is out.
-const IDLE: u8 = 0x60;
-const EXIT: u16 = 0x501;
-
 /// Runs the guest to its end. Returns the status with which QEMU would end.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     let kvm = Kvm::new().context("/dev/kvm")?;
-    let vm = kvm
-        .create_vm_with_type(KVM_X86_SW_PROTECTED_VM.into())
-        .context("KVM does not offer software-protected VMs here")?;
-    let mut hypercalls = kvm_enable_cap {
-        cap: KVM_CAP_EXIT_HYPERCALL,
-        ..Default::default()
-    };
-    hypercalls.args[0] = 1 << MAP_GPA_RANGE;
-    vm.enable_cap(&hypercalls)
-        .context("KVM_CAP_EXIT_HYPERCALL")?;
-    vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+    let vm = machine::new_vm(&kvm)?;
 
     let memory = Memory::new(&vm, options)?;
     let ram: Vec<_> = memory.windows.iter().map(|w| (w.gpa, w.size)).collect();

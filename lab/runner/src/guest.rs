@@ -111,6 +111,14 @@ pub(crate) fn wait_line(qemu: &Qemu, begin: &str, limit: Duration) -> Result<Str
     )
 }
 
+/// What a line of the guest's says as `name=0x...`.
+pub(crate) fn address(line: &str, name: &str) -> Result<u64> {
+    let mut words = line.split_whitespace();
+    let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix("=0x"));
+    let value = value.with_context(|| format!("the guest does not say {name}: {line}"))?;
+    Ok(u64::from_str_radix(value, 16)?)
+}
+
 /// QEMU's run state.
 pub(crate) fn status(qemu: &mut Qemu) -> Result<String> {
     let answer = qemu.qmp.run("query-status", json!({}))?;

@@ -12,11 +12,10 @@ use anyhow::{Context as _, Result, ensure};
 use elf::ElfBytes;
 use elf::abi::PT_LOAD;
 use elf::endian::LittleEndian;
-use guestmemfd_guest::{DISK_PART, disk_word};
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests, mapped_devices};
 use crate::guest;
 use crate::probe::Need;
 use crate::qemu::{EXIT_LIMIT, Qemu};
@@ -61,8 +60,8 @@ fn access(context: &Context) -> Result<()> {
     qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
 
     let pages = Pages {
-        private: note(&line, "private")?,
-        shared: note(&line, "shared")?,
+        private: guest::address(&line, "private")?,
+        shared: guest::address(&line, "shared")?,
         pattern: crate::vm::host_pattern().into_bytes(),
     };
     let before = query::backend(&mut qemu.qmp)?;
@@ -95,12 +94,9 @@ fn access(context: &Context) -> Result<()> {
 /// The guest that gives private memory to devices, with a disk.
 fn device_vm(context: &Context, dir: &TempDir, properties: &str) -> Result<Vm> {
     let image = dir.path().join("image");
-    fs::write(&image, disk_content()?)?;
+    fs::write(&image, mapped_devices::disk_content())?;
     let vm = Vm::conformance(&context.files, Scenario::Device, false, SIZE, 1);
-    let disk = format!(
-        "-blockdev driver=file,node-name=disk,filename={} -device virtio-blk-pci,drive=disk",
-        image.display()
-    );
+    let disk = mapped_devices::virtio_blk(&image);
     Ok(guests::with_properties(vm, properties).with_arguments(&disk))
 }
 
@@ -143,21 +139,6 @@ fn waiting(qemu: &mut Qemu) -> Result<()> {
         );
         thread::sleep(Duration::from_millis(50));
     }
-}
-
-/// The disk that the guest reads.
-fn disk_content() -> Result<Vec<u8>> {
-    let words = (0..DISK_PART / 8).flat_map(|n| disk_word(n).to_le_bytes());
-    let mut content: Vec<u8> = words.collect();
-    content.resize(usize::try_from(4 * DISK_PART)?, 0);
-    Ok(content)
-}
-
-fn note(line: &str, name: &str) -> Result<u64> {
-    let mut words = line.split_whitespace();
-    let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix("=0x"));
-    let value = value.with_context(|| format!("the guest does not say {name}: {line}"))?;
-    Ok(u64::from_str_radix(value, 16)?)
 }
 
 /// `xp` and `x`; the guest maps all memory at its physical address.

@@ -50,14 +50,7 @@ fn given_back(context: &Context, scenario: Scenario, bind: &str) -> Result<()> {
     let mut qemu = context.start(&vm)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let line = guest::wait_line(&qemu, "# slice-start=", EXIT_LIMIT)?;
-    let note = |name: &str| -> Result<u64> {
-        let words = line.split_whitespace();
-        let mut values = words.filter_map(|word| word.strip_prefix(name)?.strip_prefix("=0x"));
-        let value = values
-            .next()
-            .with_context(|| format!("the guest does not say {name}"))?;
-        Ok(u64::from_str_radix(value, 16)?)
-    };
+    let note = |name| guest::address(&line, name);
     let (slice, gone) = (
         note("slice-start")?..note("slice-end")?,
         note("gone-start")?..note("gone-end")?,
@@ -129,16 +122,27 @@ fn storage_daemon(qemu: &Path) -> Result<PathBuf> {
     }
 }
 
+/// A disk as the guest expects it.
+pub(super) fn disk_content() -> Vec<u8> {
+    let words = (0..DISK_PART / 8).flat_map(|n| disk_word(n).to_le_bytes());
+    let mut content: Vec<u8> = words.collect();
+    content.resize(1 << 20, 0);
+    content
+}
+
+/// The arguments for a disk in QEMU.
+pub(super) fn virtio_blk(image: &Path) -> String {
+    let path = image.display();
+    format!(
+        "-blockdev driver=file,node-name=disk,filename={path} -device virtio-blk-pci,drive=disk"
+    )
+}
+
 /// A disk in QEMU, or in a process that has the guest's memory by its descriptor.
 fn disk(context: &Context, bind: &str, vhost_user: bool) -> Result<()> {
     let dir = TempDir::new()?;
     let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
-    let words = 0..DISK_PART / 8;
-    let mut content: Vec<u8> = words
-        .clone()
-        .flat_map(|n| disk_word(n).to_le_bytes())
-        .collect();
-    content.resize(1 << 20, 0);
+    let mut content = disk_content();
     fs::write(&image, &content)?;
 
     let (arguments, daemon) = if vhost_user {
@@ -148,11 +152,7 @@ fn disk(context: &Context, bind: &str, vhost_user: bool) -> Result<()> {
             format!("-chardev socket,id=vub,path={path} -device vhost-user-blk-pci,chardev=vub");
         (arguments, Some(daemon))
     } else {
-        let path = image.display();
-        let arguments = format!(
-            "-blockdev driver=file,node-name=disk,filename={path} -device virtio-blk-pci,drive=disk"
-        );
-        (arguments, None)
+        (virtio_blk(&image), None)
     };
     let vm = mapped::guest_vm(context, Scenario::Disk, bind).with_arguments(&arguments);
     let mut qemu = context.start(&vm)?;
@@ -160,7 +160,8 @@ fn disk(context: &Context, bind: &str, vhost_user: bool) -> Result<()> {
     guest::finish(&mut qemu)?;
     drop(daemon);
 
-    let written: Vec<u8> = words.flat_map(|n| (!disk_word(n)).to_le_bytes()).collect();
+    let words = (0..DISK_PART / 8).flat_map(|n| (!disk_word(n)).to_le_bytes());
+    let written: Vec<u8> = words.collect();
     let part = usize::try_from(DISK_PART)?;
     content[part..2 * part].copy_from_slice(&written);
     ensure!(
