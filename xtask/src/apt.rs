@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Finds source packages in the Debian archive that this machine uses, through
-//! an apt configuration of our own, so that the machine's stays as it is.
+//! Finds packages in the Debian archive that this machine uses, through an apt
+//! configuration of our own, so that the machine's stays as it is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,9 @@ use crate::process::{Job, Outcome, output};
 
 /// Where source packages of the last years are listed.
 const SUITES: [&str; 3] = ["trixie", "sid", "trixie-backports"];
+
+/// Where binary packages are taken from.
+const BINARY_SUITE: &str = "trixie";
 
 /// By these an entry is known to name Debian's own archive.
 const DEBIAN_SUITES: [&str; 9] = [
@@ -46,13 +49,13 @@ impl Archive {
         self.suites.iter().any(names_suite) && self.components.iter().any(|c| c == "main")
     }
 
-    fn source_line(&self, suite: &str) -> String {
+    fn line(&self, kind: &str, suite: &str) -> String {
         let signed_by = self.signed_by.as_deref().unwrap_or(KEYRING);
         let option = match Path::new(signed_by).exists() {
             true => format!("[signed-by={signed_by}] "),
             false => String::new(),
         };
-        format!("deb-src {option}{} {suite} main\n", self.uri)
+        format!("{kind} {option}{} {suite} main\n", self.uri)
     }
 }
 
@@ -161,6 +164,42 @@ fn folder_of(printed: &str) -> Option<String> {
     })
 }
 
+/// Packages as dpkg's status lists those that are installed, from what the archive says of them.
+fn installed(shown: &str) -> String {
+    const KEPT: [&str; 5] = [
+        "Package",
+        "Version",
+        "Architecture",
+        "Multi-Arch",
+        "Provides",
+    ];
+    let mut status = String::new();
+    for line in shown.lines() {
+        let field = line.split(':').next().unwrap_or_default();
+        if line.is_empty() || KEPT.contains(&field) {
+            status.push_str(line);
+            status.push('\n');
+        }
+        if field == "Package" {
+            status.push_str(
+                "Status: install ok installed\nMaintainer: nobody\nDescription: left out\n",
+            );
+        }
+    }
+    status
+}
+
+/// How many packages lie in a folder.
+fn count_packages(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return 0;
+    };
+    let is_package =
+        |name: &std::ffi::OsStr| Path::new(name).extension().is_some_and(|e| e == "deb");
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names.filter(|name| is_package(name)).count() as u64
+}
+
 /// Our own apt configuration.
 #[derive(Debug)]
 pub(crate) struct Apt {
@@ -185,10 +224,8 @@ impl Apt {
             fs::create_dir_all(&folder)
                 .with_context(|| format!("cannot make {}", folder.display()))?;
         }
-        let lines: String = SUITES
-            .iter()
-            .map(|suite| archive.source_line(suite))
-            .collect();
+        let mut lines = archive.line("deb", BINARY_SUITE);
+        lines.extend(SUITES.map(|suite| archive.line("deb-src", suite)));
         fs::write(apt.folder.join("sources.list"), lines).context("cannot write apt sources")?;
         let mut update = apt.command("apt-get");
         update.args(["-o", "APT::Update::Error-Mode=any", "update"]);
@@ -210,6 +247,7 @@ impl Apt {
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             option("Dir::State::lists", "lists"),
             option("Dir::Cache", ""),
+            "Acquire::Languages=none".to_owned(),
             // Its unprivileged user cannot look into a home folder.
             "APT::Sandbox::User=root".to_owned(),
         ] {
@@ -229,6 +267,93 @@ impl Apt {
         }
         folder_of(&printed)
             .with_context(|| format!("the archive lists no source package named {package}"))
+    }
+
+    /// Fetches packages into the folder `to`, with what they depend on but for what hangs on
+    /// `left_out` alone. `arrived` is told how many have come, and of how many.
+    pub(crate) fn packages(
+        &self,
+        wanted: &[String],
+        left_out: &[String],
+        to: &Path,
+        mut arrived: impl FnMut(u64, u64),
+    ) -> Result<()> {
+        if let Some(updated) = &self.updated {
+            updated.check()?;
+        }
+        self.pretend_installed(left_out)?;
+        let install = |option: &str| {
+            let mut command = self.for_packages("apt-get");
+            command
+                .args(["install", "-qq", "-y", "--no-install-recommends", option])
+                .arg("-o")
+                .arg(format!("Dir::Cache::archives={}", to.display()))
+                .args(wanted);
+            command
+        };
+        let listed = output(install("--print-uris")).with_context(|| {
+            let list = wanted.join(" ");
+            format!("the archive cannot provide these packages of {BINARY_SUITE} together: {list}")
+        })?;
+        let total = listed.lines().filter(|line| line.starts_with('\'')).count() as u64;
+        if total == 0 {
+            bail!("apt finds nothing to fetch for {}", wanted.join(" "));
+        }
+        std::thread::scope(|scope| {
+            let download = install("--download-only");
+            let fetch = scope.spawn(|| Job::new("fetching packages", download).run());
+            while !fetch.is_finished() {
+                std::thread::sleep(std::time::Duration::from_millis(100));
+                arrived(count_packages(to), total);
+            }
+            fetch
+                .join()
+                .unwrap_or_else(|_| bail!("fetching packages: the thread panicked"))
+        })?;
+        match count_packages(to) {
+            count if count == total => Ok(()),
+            count => bail!("apt was to fetch {total} packages and fetched {count}"),
+        }
+    }
+
+    /// Describes a system on which nothing but these packages is installed, and without what they
+    /// need. They have the archive's version, so that dependencies on exactly that are met, and are
+    /// pinned, so that apt does not take the archive's in their place.
+    fn pretend_installed(&self, names: &[String]) -> Result<()> {
+        let write = |name: &str, text: &str| {
+            let path = self.folder.join(name);
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        };
+        write("status", "")?;
+        write("preferences", "")?;
+        if names.is_empty() {
+            return Ok(());
+        }
+        let mut show = self.for_packages("apt-cache");
+        show.args(["show", "--no-all-versions"]).args(names);
+        write("status", &installed(&output(show)?))?;
+        let pins = "Pin: release a=now\nPin-Priority: 1001\n";
+        write(
+            "preferences",
+            &format!("Package: {}\n{pins}", names.join(" ")),
+        )
+    }
+
+    /// A command for a system of its own, whose status and pins are in our folder.
+    fn for_packages(&self, program: &str) -> Command {
+        let mut command = self.command(program);
+        let folder = self.folder.display();
+        for option in [
+            format!("Dir::State={folder}"),
+            format!("Dir::State::status={folder}/status"),
+            format!("Dir::Etc::preferences={folder}/preferences"),
+            "Dir::Etc::preferencesparts=/dev/null".to_owned(),
+            "APT::Architecture=amd64".to_owned(),
+            "APT::Architectures=amd64".to_owned(),
+        ] {
+            command.args(["-o", &option]);
+        }
+        command
     }
 
     /// Fetches `uri` into the file `to`; `arrived` is told how many bytes came.
@@ -304,6 +429,19 @@ mod tests {
         .expect("write");
         let archive = find_archive(etc.path()).expect("an archive");
         assert_eq!(archive.uri, "http://d.example/debian");
+    }
+
+    #[test]
+    fn packages_left_out_seem_installed_and_need_nothing() {
+        let shown = "Package: a\nVersion: 1:2-3\nDepends: b (= 1)\nArchitecture: amd64\n\n\
+                     Package: c\nDescription: long\n text\nVersion: 4\n";
+        let note = "Status: install ok installed\nMaintainer: nobody\nDescription: left out\n";
+        assert_eq!(
+            installed(shown),
+            format!(
+                "Package: a\n{note}Version: 1:2-3\nArchitecture: amd64\n\nPackage: c\n{note}Version: 4\n"
+            )
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::packages::{self, Purpose};
 use crate::process::{command, output};
 use crate::progress::{Step, Steps};
 use crate::qemu::Qemu;
-use crate::{cargo, image, kernel, qemu};
+use crate::{cargo, debian, image, kernel, qemu};
 
 /// Options of `boot`.
 #[derive(Debug, clap::Args)]
@@ -207,6 +207,10 @@ pub(crate) struct LabOptions {
     #[arg(long, default_value = "4G", value_parser = parse_size)]
     memory: (String, u64),
 
+    /// Run the command in a Debian userland; in a shell, in-debian COMMAND does
+    #[arg(long)]
+    debian: bool,
+
     /// A command with its arguments; without one, a shell
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -223,23 +227,30 @@ pub(crate) fn lab(ctx: &Context, options: LabOptions) -> Result<ExitCode> {
     )?;
     let parts = Parts::build(ctx, &step)?;
     let lab = Lab::complete(ctx, &step, parts)?;
+    let mut words = options.command.clone();
+    let mut disks = Vec::new();
+    if options.debian {
+        packages::ensure(ctx, &step, &[Purpose::Debian])?;
+        disks.push(debian::DEBIAN.disk(ctx, &step)?);
+        words.insert(0, debian::ENTER.to_owned());
+    }
     let share = match options.share {
         Some(folder) => folder,
         None => std::env::current_dir().context("cannot tell the current folder")?,
     };
     step.yield_terminal();
-    let status = if options.command.is_empty() {
-        lab.shell(ctx, Some(share))?
-    } else {
-        let task = Task {
-            name: options.command.join(" "),
-            script: quote(&options.command),
-            share: Some(share),
-            memory: options.memory.1,
-            limit: options.limit.map(Duration::from_secs),
-            ..Task::default()
-        };
-        lab.run(ctx, &task, |line| println!("{line}"))?
+    let task = Task {
+        name: words.join(" "),
+        script: quote(&words),
+        share: Some(share),
+        memory: options.memory.1,
+        limit: options.limit.map(Duration::from_secs),
+        disks,
+        ..Task::default()
+    };
+    let status = match options.command.is_empty() {
+        true => lab.shell(ctx, &task)?,
+        false => lab.run(ctx, &task, |line| println!("{line}"))?,
     };
     Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
 }

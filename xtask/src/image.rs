@@ -33,8 +33,9 @@ pub(crate) const FIRMWARE_FOLDERS: [&str; 5] = [
 ];
 
 /// Folders and, with a target, symbolic links of the image.
-const SKELETON: [(&str, Option<&str>); 12] = [
+const SKELETON: [(&str, Option<&str>); 13] = [
     ("bin", None),
+    ("debian", None),
     ("dev", None),
     ("etc", None),
     ("host", None),
@@ -52,6 +53,9 @@ const SKELETON: [(&str, Option<&str>); 12] = [
 pub(crate) const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 const DAEMON: &str = "/usr/bin/qemu-storage-daemon";
 pub(crate) const FIRMWARE_FOLDER: &str = "/usr/share/qemu";
+
+/// Scripts of ours, and where they come from.
+const SCRIPTS: [(&str, &str); 2] = [("/init", "lab/init"), ("/bin/in-debian", "lab/in-debian")];
 
 /// How many images and firmware folders are kept.
 const KEEP: usize = 3;
@@ -102,12 +106,16 @@ pub(crate) fn build(ctx: &Context, step: &Step, qemu: &Qemu, runner: &Path) -> R
     let Some(busybox) = find_tool("busybox") else {
         bail!("no busybox in PATH (Debian: busybox-static)");
     };
-    let init = ctx.root.join("lab/init");
+    let scripts = SCRIPTS.map(|(name, from)| (name, ctx.root.join(from)));
     let firmware = firmware(ctx)?;
     let libraries = libraries(&[&busybox, &qemu.program, &qemu.daemon, runner])?;
 
-    let mut key = Key::default().add_file(&init)?.add_identity(&busybox)?;
+    let mut key = Key::default();
+    for (_, script) in &scripts {
+        key = key.add_file(script)?;
+    }
     key = key
+        .add_identity(&busybox)?
         .add_identity(&qemu.program)?
         .add_identity(&qemu.daemon)?;
     for file in FIRMWARE
@@ -128,7 +136,9 @@ pub(crate) fn build(ctx: &Context, step: &Step, qemu: &Qemu, runner: &Path) -> R
             for (name, target) in SKELETON {
                 image.entry(name, target)?;
             }
-            image.file("/init", &init)?;
+            for (name, script) in &scripts {
+                image.file(name, script)?;
+            }
             image.file("/bin/busybox", &busybox)?;
             for (name, program) in [(PROGRAM, &qemu.program), (DAEMON, &qemu.daemon)] {
                 let stripped = partial.join("stripped");

@@ -54,6 +54,9 @@ pub(crate) struct Task {
     pub(crate) count_instructions: bool,
     /// A plugin for the outer QEMU, with its options.
     pub(crate) plugin: Option<String>,
+    /// Images that level 1 has as virtio disks, with their serial numbers. What it writes to one is
+    /// gone when it ends.
+    pub(crate) disks: Vec<(&'static str, PathBuf)>,
     /// More programs for `/run/lab`.
     pub(crate) programs: Vec<PathBuf>,
     /// The log's name, where several tasks run at once.
@@ -127,17 +130,11 @@ impl Lab {
         })
     }
 
-    /// A shell in level 1 on this terminal; returns its exit status.
-    pub(crate) fn shell(&self, ctx: &Context, share: Option<PathBuf>) -> Result<i32> {
+    /// A shell in level 1 on this terminal, in place of the task's script; returns its exit status.
+    pub(crate) fn shell(&self, ctx: &Context, task: &Task) -> Result<i32> {
         let folder = self.job_folder(ctx, &[])?;
-        let task = Task {
-            name: "the shell".to_owned(),
-            share,
-            memory: BASE_MEMORY,
-            ..Task::default()
-        };
         let status_of_qemu = self
-            .command(ctx, folder.path(), &task)
+            .command(ctx, folder.path(), task)
             .status()
             .with_context(|| format!("cannot run {}", self.qemu.program.display()))?;
         if !status_of_qemu.success() {
@@ -202,6 +199,9 @@ impl Lab {
                 "-device",
                 "virtconsole,chardev=job",
             ]);
+        for (serial, image) in &task.disks {
+            disk(&mut qemu, serial, image);
+        }
         share(&mut qemu, "lab", folder);
         if let Some(folder) = &task.share {
             share(&mut qemu, "host", folder);
@@ -215,6 +215,8 @@ impl Lab {
 /// while it changes to another clock, it can wait for ever in `stop_machine()` for a CPU that is in
 /// the counter's watchdog. So it is told the frequency, and that the counter can be relied upon.
 ///
+/// For the same reason it is not to try whether the timer's interrupt arrives in time: it would give up.
+///
 /// Huge pages only where they are asked for: otherwise the first touch of a thread's stack shows in
 /// a process's memory as 2 MiB, and tests could not see a small leak.
 fn kernel_command_line(count_instructions: bool) -> String {
@@ -224,7 +226,7 @@ fn kernel_command_line(count_instructions: bool) -> String {
         false => tsc::khz(),
     };
     format!(
-        "console=ttyS0 loglevel=5 panic=-1 tsc_early_khz={khz} tsc=reliable transparent_hugepage=madvise"
+        "console=ttyS0 loglevel=5 panic=-1 tsc_early_khz={khz} tsc=reliable no_timer_check transparent_hugepage=madvise"
     )
 }
 
@@ -264,9 +266,25 @@ fn nodes(memory: u64) -> Vec<String> {
         .collect()
 }
 
+/// A path as QEMU's options take it.
+fn option_value(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// A disk that can be written to, without changing the image, which is in the cache.
+fn disk(qemu: &mut Command, serial: &str, image: &Path) {
+    let file = option_value(image);
+    qemu.args(["-drive"])
+        .arg(format!(
+            "if=none,id={serial},format=raw,snapshot=on,file={file}"
+        ))
+        .arg("-device")
+        .arg(format!("virtio-blk-pci,drive={serial},serial={serial}"));
+}
+
 /// A folder of the host that level 1 mounts by its tag.
 fn share(qemu: &mut Command, tag: &str, folder: &Path) {
-    let path = folder.to_string_lossy().replace(',', ",,");
+    let path = option_value(folder);
     qemu.args([
         "-fsdev",
         &format!("local,id={tag},path={path},security_model=none,multidevs=remap"),

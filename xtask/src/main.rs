@@ -8,6 +8,7 @@ mod boot;
 mod cache;
 mod cargo;
 mod context;
+mod debian;
 mod fetch;
 mod header;
 mod image;
@@ -55,6 +56,8 @@ enum Command {
     Kernel,
     /// Build the conformance guest, and print its path
     Guest,
+    /// Make the image with the Debian userland of level 1, and print its path
+    Debian,
     /// Run a command, or a shell, in level 1 of the lab
     Lab(boot::LabOptions),
     /// Generate include/guestmemfd.h
@@ -87,6 +90,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         })?,
         Command::Guest => one(&ctx, "conformance guest", &[], |step| {
             cargo::guest(&ctx, step)
+        })?,
+        Command::Debian => one(&ctx, "Debian userland", &[Purpose::Debian], |step| {
+            debian::DEBIAN.disk(&ctx, step).map(|(_, image)| image)
         })?,
         Command::Lab(options) => return boot::lab(&ctx, options),
         Command::Header(options) => header::run(&ctx, &options)?,

@@ -17,6 +17,8 @@ pub(crate) enum Purpose {
     Qemu,
     Kernel,
     Image,
+    /// Images with a Debian userland.
+    Debian,
     Test,
 }
 
@@ -28,7 +30,7 @@ enum Sign {
     File(&'static str),
 }
 
-use Purpose::{Image, Kernel, Qemu, Test};
+use Purpose::{Debian, Image, Kernel, Qemu, Test};
 use Sign::{File, Library, Tool};
 
 const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
@@ -66,6 +68,15 @@ const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
         File("/usr/share/qemu/pvh.bin"),
     ),
     ("busybox-static", &[Image], Tool("busybox")),
+    ("dpkg", &[Debian], Tool("dpkg-deb")),
+    ("apt", &[Debian], Tool("apt-get")),
+    (
+        "debian-archive-keyring",
+        &[Debian],
+        File("/usr/share/keyrings/debian-archive-keyring.gpg"),
+    ),
+    ("e2fsprogs", &[Debian], File("/usr/sbin/mkfs.ext4")),
+    ("libc-bin", &[Debian], File("/usr/sbin/ldconfig")),
     (
         "ipxe-qemu",
         &[Test],
@@ -206,7 +217,7 @@ mod tests {
 
     #[test]
     fn every_purpose_needs_something() {
-        for purpose in [Qemu, Kernel, Image, Test] {
+        for purpose in [Qemu, Kernel, Image, Debian, Test] {
             assert!(
                 PACKAGES
                     .iter()

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! File systems with programs from Debian: the packages that a list of ours names, with what they
+//! depend on, unpacked into an ext4 image. No script of a package runs, so that this takes no
+//! privileges; what programs need of what those scripts do is done here.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::Apt;
+use crate::cache::{self, Key};
+use crate::context::Context;
+use crate::process::{Job, command};
+use crate::progress::Step;
+
+/// A userland.
+#[derive(Debug)]
+pub(crate) struct Userland {
+    /// Its list is `lab/NAME.txt`, its disk's serial number is the name.
+    name: &'static str,
+    /// Bytes of the file system, most of which are a hole.
+    size: u64,
+}
+
+/// For programs in level 1.
+pub(crate) const DEBIAN: Userland = Userland {
+    name: "debian",
+    size: 2 << 30,
+};
+
+/// The program of level 1 that runs a command in it.
+pub(crate) const ENTER: &str = "in-debian";
+
+/// A number to be raised when this file makes other images of the same lists.
+const FORMAT: &str = "1";
+
+/// How many images of a list are kept.
+const KEEP: usize = 2;
+
+/// Folders of every image, beyond those of the packages.
+const FOLDERS: [&str; 13] = [
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib",
+    "usr/lib64",
+    "dev",
+    "etc",
+    "host",
+    "level1",
+    "proc",
+    "root",
+    "run",
+    "sys",
+    "var",
+];
+
+/// Symbolic links, made before anything is unpacked.
+const LINKS: [(&str, &str); 5] = [
+    ("bin", "usr/bin"),
+    ("sbin", "usr/sbin"),
+    ("lib", "usr/lib"),
+    ("lib64", "usr/lib64"),
+    ("var/run", "/run"),
+];
+
+/// What nobody reads here, and takes half of the space.
+const DROPPED: [&str; 8] = [
+    "usr/share/doc",
+    "usr/share/info",
+    "usr/share/locale",
+    "usr/share/man",
+    "usr/share/bash-completion",
+    "usr/share/lintian",
+    "usr/share/i18n",
+    "usr/lib/x86_64-linux-gnu/gconv",
+];
+
+/// Users and groups that packages would add: libvirtd does not start without the user for QEMU.
+const USERS: &str = "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n";
+const GROUPS: &str = "kvm:x:992:\nlibvirt:x:991:\nlibvirt-qemu:x:64055:\n";
+
+/// A list of packages.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct List {
+    wanted: Vec<String>,
+    /// What others depend on but is of no use here.
+    left_out: Vec<String>,
+}
+
+/// One package a line, `-` before those to leave out; `#` begins a comment.
+fn parse(text: &str) -> Result<List> {
+    let mut list = List::default();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        let (name, names) = match line.strip_prefix('-') {
+            Some(name) => (name.trim(), &mut list.left_out),
+            None => (line, &mut list.wanted),
+        };
+        let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c);
+        if !name.chars().all(good) || name.starts_with(['-', '+', '.']) {
+            bail!("line {}: {name:?} is no name of one package", number + 1);
+        }
+        names.extend((!name.is_empty()).then(|| name.to_owned()));
+    }
+    Ok(list)
+}
+
+impl Userland {
+    /// The image as a disk of a task.
+    pub(crate) fn disk(&self, ctx: &Context, step: &Step) -> Result<(&'static str, PathBuf)> {
+        Ok((self.name, self.image(ctx, step)?))
+    }
+
+    /// Makes the image unless there is one of the same list. Its packages stay those that the
+    /// archive had then: to ask for newer ones takes a network, and each run would have to.
+    fn image(&self, ctx: &Context, step: &Step) -> Result<PathBuf> {
+        let path = ctx.root.join("lab").join(format!("{}.txt", self.name));
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let list = parse(&text).with_context(|| path.display().to_string())?;
+        let key = Key::default()
+            .add("format", FORMAT)
+            .add("size", self.size.to_le_bytes())
+            .add("wanted", list.wanted.join(" "))
+            .add("left out", list.left_out.join(" "));
+        let folder = ctx.cache.join(self.name);
+        fs::create_dir_all(&folder)?;
+        let result = folder.join(key.finish());
+        if !result.exists() {
+            let _lock = cache::lock(&ctx.cache, self.name, step)?;
+            if !result.exists() {
+                cache::make_folder(&result, |partial| self.make(ctx, step, &list, partial))?;
+            }
+        }
+        cache::touch(&result);
+        cache::keep_newest(&folder, KEEP)?;
+        Ok(result.join("image"))
+    }
+
+    fn make(&self, ctx: &Context, step: &Step, list: &List, result: &Path) -> Result<()> {
+        let (packages, root) = (result.join("packages"), result.join("root"));
+        fetch(ctx, step, list, &packages)?;
+        make_skeleton(&root)?;
+        unpack(step, &packages, &root, &result.join("versions"))?;
+        step.say("completing the file system");
+        finish(&root)?;
+        let mut ldconfig = system_command("ldconfig");
+        ldconfig.arg("-r").arg(&root);
+        Job::new("ldconfig", ldconfig).run()?;
+
+        step.say("writing the file system");
+        let image = result.join("image");
+        let file = fs::File::create(&image).context("cannot make the image")?;
+        file.set_len(self.size)?;
+        let mut mkfs = system_command("mkfs.ext4");
+        // No journal, as the image is never repaired, and nothing to initialise later on: that
+        // would keep the kernel busy in every run.
+        mkfs.args(["-q", "-F", "-O", "^has_journal", "-m", "0"])
+            .args(["-E", "root_owner=0:0,lazy_itable_init=0,nodiscard"])
+            .args(["-N", "32768", "-L", self.name, "-d"])
+            .arg(&root)
+            .arg(&image);
+        Job::new("mkfs.ext4", mkfs)
+            .log(&ctx.log(&format!("{}-mkfs", self.name)))
+            .run()?;
+        cache::remove(&root)?;
+        cache::remove(&packages)
+    }
+}
+
+/// Programs for administrators are not in everybody's `PATH`.
+fn system_command(program: &str) -> Command {
+    let folders = ["/usr/sbin", "/sbin"].map(|folder| Path::new(folder).join(program));
+    let found = folders.into_iter().find(|path| path.exists());
+    command::<&str>(found.unwrap_or_else(|| program.into()), [])
+}
+
+fn fetch(ctx: &Context, step: &Step, list: &List, to: &Path) -> Result<()> {
+    fs::create_dir_all(to.join("partial"))?;
+    // Our apt configuration is used by one run at a time.
+    let _lock = cache::lock(&ctx.cache, "downloads", step)?;
+    step.say("looking for packages in the Debian archive");
+    let apt = Apt::new(&ctx.cache)?;
+    step.say("fetching packages");
+    apt.packages(&list.wanted, &list.left_out, to, |done, total| {
+        step.amount(done, total);
+    })
+}
+
+fn make_skeleton(root: &Path) -> Result<()> {
+    for folder in FOLDERS {
+        fs::create_dir_all(root.join(folder))?;
+    }
+    for (name, target) in LINKS {
+        symlink(target, root.join(name))?;
+    }
+    Ok(())
+}
+
+/// Unpacks all packages of a folder, and lists them in the file `versions`.
+fn unpack(step: &Step, packages: &Path, root: &Path, versions: &Path) -> Result<()> {
+    step.say("unpacking");
+    let mut files = Vec::new();
+    for entry in fs::read_dir(packages)? {
+        let path = entry?.path();
+        files.extend(path.extension().is_some_and(|e| e == "deb").then_some(path));
+    }
+    files.sort();
+    let names: Vec<String> = files.iter().map(|path| cache::file_name(path)).collect();
+    fs::write(versions, names.join("\n") + "\n")?;
+    for (index, (file, name)) in files.iter().zip(&names).enumerate() {
+        let mut dpkg = command("dpkg-deb", ["-x"]);
+        dpkg.arg(file).arg(root);
+        Job::new(format!("unpacking {name}"), dpkg).run()?;
+        step.amount(index as u64 + 1, files.len() as u64);
+    }
+    Ok(())
+}
+
+/// What the packages' scripts would do, as far as it is needed.
+fn finish(root: &Path) -> Result<()> {
+    for name in DROPPED {
+        cache::remove(&root.join(name))?;
+    }
+    let text = |path: &str| {
+        fs::read_to_string(root.join(path)).with_context(|| format!("no {path} in the image"))
+    };
+    let passwd = text("usr/share/base-passwd/passwd.master")?;
+    // Root has no password.
+    let passwd = passwd.replace("root:*:", "root::");
+    let group = text("usr/share/base-passwd/group.master")?;
+    for (path, content) in [
+        ("etc/passwd", passwd + USERS),
+        ("etc/group", group + GROUPS),
+        ("etc/hosts", "127.0.0.1 localhost\n".to_owned()),
+        ("etc/hostname", "lab\n".to_owned()),
+    ] {
+        fs::write(root.join(path), content).with_context(|| format!("cannot write {path}"))?;
+    }
+    for (path, mode) in [("tmp", 0o1777), ("var/tmp", 0o1777), ("root", 0o700)] {
+        let path = root.join(path);
+        fs::create_dir_all(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_have_comments_and_packages_to_leave_out() {
+        let list = parse("# why\n\nbash # a shell\n  libstdc++6\n-mesa-libgallium\n- x # y\n");
+        let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
+        let expected = List {
+            wanted: words(&["bash", "libstdc++6"]),
+            left_out: words(&["mesa-libgallium", "x"]),
+        };
+        assert_eq!(list.expect("a list"), expected);
+    }
+
+    #[test]
+    fn a_line_that_names_no_package_is_refused() {
+        for bad in ["bash tar", "Bash", "a=1", "--option"] {
+            let error = parse(&format!("# first\n{bad}\n")).expect_err(bad);
+            assert!(error.to_string().contains("line 2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_list_of_the_checkout_can_be_read() {
+        let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab");
+        let text = fs::read_to_string(lab.join(format!("{}.txt", DEBIAN.name)));
+        let list = parse(&text.expect("a file")).expect("a list");
+        assert!(list.wanted.iter().any(|name| name == "base-passwd"));
+    }
+
+    #[test]
+    fn an_image_is_completed_without_the_packages_scripts() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let root = dir.path();
+        make_skeleton(root).expect("folders and links");
+        assert!(root.join("bin").is_dir() && root.join("bin").is_symlink());
+        let error = finish(root)
+            .expect_err("base-passwd is missing")
+            .to_string();
+        assert!(error.contains("passwd.master"), "{error}");
+        let master = root.join("usr/share/base-passwd");
+        fs::create_dir_all(&master).expect("a folder");
+        fs::create_dir_all(root.join("usr/share/doc/bash")).expect("a folder");
+        fs::write(
+            master.join("passwd.master"),
+            "root:*:0:0::/root:/bin/bash\n",
+        )
+        .expect("write");
+        fs::write(master.join("group.master"), "root:*:0:\n").expect("write");
+        finish(root).expect("complete");
+        let passwd = fs::read_to_string(root.join("etc/passwd")).expect("users");
+        assert!(passwd.starts_with("root::0:0") && passwd.contains("\nlibvirt-qemu:"));
+        assert!(!root.join("usr/share/doc").exists());
+    }
+}
