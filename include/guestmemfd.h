@@ -23,13 +23,18 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 4
+#define GUESTMEMFD_ABI 5
 
 /**
  * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
  * cannot carry a guest_memfd.
  */
 #define GUESTMEMFD_WINDOW_UNBINDABLE 1
+
+/**
+ * Elements of the histograms of guestmemfd_stats.
+ */
+#define GUESTMEMFD_LATENCY_BUCKETS 24
 
 /**
  * The chunk that is taken unless a user says otherwise, in bytes: what a large page covers.
@@ -41,6 +46,11 @@
  * much takes some milliseconds.
  */
 #define LARGEST_CHUNK (32 << 20)
+
+/**
+ * Number of a histogram's buckets.
+ */
+#define LATENCY_BUCKETS 24
 
 /**
  * Guest memory of one size: one object of QEMU's.
@@ -229,7 +239,40 @@ typedef struct guestmemfd_stats {
      * Bytes of the chunk of lazy attributes; 0 without them.
      */
     uint64_t lazy_chunk;
+    /**
+     * How long requests that moved pages to the private view have taken since the first call of
+     * guestmemfd_backend_stats(): element 0 counts those under 1 us, element N those under 2^N us, the
+     * last one the rest.
+     */
+    uint64_t latency_to_private[GUESTMEMFD_LATENCY_BUCKETS];
+    /**
+     * The same for the shared view.
+     */
+    uint64_t latency_to_shared[GUESTMEMFD_LATENCY_BUCKETS];
 } guestmemfd_stats;
+
+/**
+ * The state of a page: one of GUESTMEMFD_STATE_*.
+ */
+typedef uint32_t guestmemfd_state;
+
+/**
+ * Neighbouring bytes of a backend in one state.
+ */
+typedef struct guestmemfd_run {
+    /**
+     * The first of them.
+     */
+    uint64_t offset;
+    /**
+     * How many; a multiple of 4096.
+     */
+    uint64_t size;
+    /**
+     * Their state.
+     */
+    guestmemfd_state state;
+} guestmemfd_run;
 
 /**
  * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
@@ -243,7 +286,7 @@ typedef struct guestmemfd_stats {
  */
 typedef struct guestmemfd_callbacks {
     /**
-     * Passed to all but populate and discard.
+     * Passed to all but populate, discard and failed.
      */
     void *opaque;
     /**
@@ -271,6 +314,16 @@ typedef struct guestmemfd_callbacks {
      * May a part of a request that no backend owns take part in it? 0, or -errno to refuse.
      */
     int32_t (*gap)(void *opaque, uint64_t gpa, uint64_t size, bool to_private);
+    /**
+     * The kernel, pins or a refusing populate kept a request of the guest's from being served. Nothing
+     * has changed. Called after end; a guest can cause it as often as it likes. `backend_opaque` is of
+     * the backend that the range begins in, or NULL.
+     */
+    void (*failed)(void *backend_opaque,
+                   uint64_t gpa,
+                   uint64_t size,
+                   bool to_private,
+                   const char *message);
     /**
      * Should a thread that waits for a claim give up (-EINTR)?
      */
@@ -340,6 +393,26 @@ typedef struct guestmemfd_callbacks {
  * All of them.
  */
 #define GUESTMEMFD_PREFAULT_ON 2
+
+/**
+ * Nobody has chosen a view yet.
+ */
+#define GUESTMEMFD_STATE_UNDECIDED 0
+
+/**
+ * Host and guest use the shared view.
+ */
+#define GUESTMEMFD_STATE_SHARED 1
+
+/**
+ * Only the guest uses it, through the private view.
+ */
+#define GUESTMEMFD_STATE_PRIVATE 2
+
+/**
+ * A conversion has claimed it.
+ */
+#define GUESTMEMFD_STATE_TRANSITION 3
 
 
 
@@ -412,6 +485,19 @@ int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
  */
 int32_t guestmemfd_backend_stats(const struct guestmemfd_backend *backend,
                                  struct guestmemfd_stats *stats);
+
+/**
+ * The states of a range: up to `*count` runs, of which `*count` then says how many there are.
+ * Neighbouring runs differ. `*next` is where to go on if there was no room for all: the offset behind
+ * the last run. Conversions go on meanwhile.
+ */
+int32_t guestmemfd_backend_map(const struct guestmemfd_backend *backend,
+                               uint64_t offset,
+                               uint64_t size,
+                               struct guestmemfd_run *runs,
+                               uint64_t *count,
+                               uint64_t *next,
+                               struct guestmemfd_error *error);
 
 /**
  * The number of the interface that the library has; compare with GUESTMEMFD_ABI.

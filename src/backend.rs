@@ -4,7 +4,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -16,6 +15,7 @@ use crate::lazy::{Chunk, Reach};
 use crate::page_set::PageSet;
 use crate::pins::{Closed, Pins};
 use crate::state::{PageState, PageStates, View};
+use crate::stats::Counters;
 use crate::worker::Queued;
 
 /// Which backend of its VM.
@@ -145,67 +145,6 @@ impl Unpunched {
             View::Private => &mut self.private,
         }
     }
-}
-
-/// Two counters, one for each direction.
-#[derive(Debug, Default)]
-pub(crate) struct ByView {
-    shared: AtomicU64,
-    private: AtomicU64,
-}
-
-impl ByView {
-    pub(crate) fn add(&self, view: View, n: u64) {
-        match view {
-            View::Shared => self.shared.fetch_add(n, Ordering::Relaxed),
-            View::Private => self.private.fetch_add(n, Ordering::Relaxed),
-        };
-    }
-}
-
-/// What a backend counts. Nothing is computed before somebody asks.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) conversions: ByView,
-    pub(crate) converted_pages: ByView,
-    pub(crate) pages_along: AtomicU64,
-    pub(crate) faults: ByView,
-    pub(crate) hypercalls: AtomicU64,
-    pub(crate) refused: AtomicU64,
-    pub(crate) waits: AtomicU64,
-}
-
-/// What a backend holds and has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BackendStats {
-    /// Bytes in each state, in the order of [`PageState::ALL`].
-    pub state_bytes: [u64; 4],
-    /// Bytes of the shared file that the kernel has allocated.
-    pub shared_allocated: u64,
-    /// Requests that moved pages to the shared view.
-    pub conversions_to_shared: u64,
-    /// Requests that moved pages to the private view.
-    pub conversions_to_private: u64,
-    /// Bytes moved to the shared view.
-    pub converted_to_shared: u64,
-    /// Bytes moved to the private view.
-    pub converted_to_private: u64,
-    /// Bytes that lazy attributes made private along with others that were asked for.
-    pub converted_along: u64,
-    /// Memory faults that asked for the shared view.
-    pub faults_shared: u64,
-    /// Memory faults that asked for the private view.
-    pub faults_private: u64,
-    /// Requests by hypercall.
-    pub hypercalls: u64,
-    /// Requests that were refused.
-    pub refused: u64,
-    /// Requests that waited for pages that the host used.
-    pub waits: u64,
-    /// Bytes that the host uses through pins; those that are pinned twice count twice.
-    pub pinned: u64,
-    /// Bytes whose hole is still to be punched.
-    pub unpunched: u64,
 }
 
 /// Bytes of holes that may wait in a backend of this size: little beside what it holds, and enough
@@ -366,33 +305,6 @@ impl Backend {
             backend: self.config.name.clone(),
             pages,
         })
-    }
-
-    /// Bytes per state and counters.
-    pub fn stats(&self) -> BackendStats {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.counters;
-        let state_bytes = {
-            let states = self.states.lock();
-            PageState::ALL.map(|state| states.count(state) * PAGE_SIZE)
-        };
-        BackendStats {
-            state_bytes,
-            // A file that cannot be asked is shown as empty: a query must not fail for it.
-            shared_allocated: self.backing().file(View::Shared).allocated().unwrap_or(0),
-            conversions_to_shared: get(&counters.conversions.shared),
-            conversions_to_private: get(&counters.conversions.private),
-            converted_to_shared: get(&counters.converted_pages.shared) * PAGE_SIZE,
-            converted_to_private: get(&counters.converted_pages.private) * PAGE_SIZE,
-            converted_along: get(&counters.pages_along) * PAGE_SIZE,
-            faults_shared: get(&counters.faults.shared),
-            faults_private: get(&counters.faults.private),
-            hypercalls: get(&counters.hypercalls),
-            refused: get(&counters.refused),
-            waits: get(&counters.waits),
-            pinned: self.pins.bytes(),
-            unpunched: self.unpunched_bytes(),
-        }
     }
 
     /// Frees pages of a view.

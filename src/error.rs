@@ -270,6 +270,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// Has the host failed to do what a guest may ask for? Not if the request was bad, or if it comes
+    /// again by itself.
+    pub(crate) fn is_failure(&self) -> bool {
+        matches!(
+            self,
+            Error::SetAttributes { .. }
+                | Error::Punch { .. }
+                | Error::FindData { .. }
+                | Error::Listener { .. }
+                | Error::Pinned { .. }
+        )
+    }
+
     /// The error number, positive, as Linux defines it.
     pub fn errno(&self) -> i32 {
         match self {

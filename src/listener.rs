@@ -61,6 +61,13 @@ pub trait Listener: Send + Sync {
         false
     }
 
+    /// A request of the guest's that begins in `backend` could not be served: the kernel, the host's
+    /// pins or this listener were in the way. Nothing has changed. Called after `end`; a guest can have it
+    /// called as often as it likes.
+    fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, error: &Error) {
+        let _ = (backend, guest, to, error);
+    }
+
     /// Something that a user should know and that no return value says.
     fn log(&self, level: Level, message: &str);
 }

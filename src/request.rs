@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::addr::GuestPages;
-use crate::backend::{Backend, Counters};
+use crate::backend::Backend;
 use crate::convert::Neighbours;
 use crate::error::{Error, Result};
 use crate::listener::Level;
 use crate::state::View;
+use crate::stats::{Counters, Latencies};
 use crate::vm::Vm;
 use crate::window::Part;
 
@@ -35,7 +36,7 @@ impl Vm {
     }
 
     fn map_pages(&self, backend: Option<&Backend>, guest: GuestPages, to: View) -> Result<u64> {
-        let changed = self.convert(guest, to)?;
+        let changed = self.watch(backend, guest, to, || self.convert(guest, to))?;
         let wants = |backend: &Backend| backend.config().prefault.wants(guest);
         if changed > 0 && to == View::Private && backend.is_some_and(wants) {
             self.listener.prefault(guest);
@@ -58,11 +59,15 @@ impl Vm {
             View::Private => Neighbours::GoAlong,
             View::Shared => Neighbours::Stay,
         };
-        let result = match self.convert_with(guest, to, neighbours) {
+        let backend = self.backend_at(gpa);
+        let serve = || match self.convert_with(guest, to, neighbours) {
             // The window has changed meanwhile.
             Err(Error::Unbound { .. }) => self.convert(guest, View::Shared),
             // There may be memory for a single page.
             Err(Error::SetAttributes { .. }) => self.convert(guest, to),
+            result => result,
+        };
+        let result = match self.watch(backend.as_deref(), guest, to, serve) {
             // The guest touches it again, and waits again.
             Err(pinned @ Error::Pinned { .. }) => {
                 self.listener.log(Level::Warning, &pinned.to_string());
@@ -70,10 +75,31 @@ impl Vm {
             }
             result => result,
         };
-        let backend = self.backend_at(gpa);
         count(backend.as_deref(), result, |counters| {
             counters.faults.add(to, 1);
         })
+    }
+
+    /// Has a request served, measures that if somebody wants to know, and tells if it fails through no
+    /// fault of the guest's.
+    fn watch(
+        &self,
+        backend: Option<&Backend>,
+        guest: GuestPages,
+        to: View,
+        serve: impl FnOnce() -> Result<u64>,
+    ) -> Result<u64> {
+        let latencies = backend.map(|backend| &backend.counters.latencies);
+        let started = latencies.and_then(Latencies::start);
+        let result = serve();
+        match (&result, latencies) {
+            (Ok(1..), Some(latencies)) => latencies.end(started, to),
+            (Err(error), _) if error.is_failure() => {
+                self.listener.failed(backend, guest, to, error);
+            }
+            _ => {}
+        }
+        result
     }
 
     fn backend_at(&self, gpa: u64) -> Option<Arc<Backend>> {

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use guestmemfd::backend::BackendStats;
+use guestmemfd::BackendStats;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::KvmOwner;
 use guestmemfd::{

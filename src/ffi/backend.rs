@@ -247,7 +247,46 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             mode: mode_number(backend.mode()),
             discard: discard_number(backend.config().discard),
             lazy_chunk: backend.config().lazy.map_or(0, Chunk::bytes),
+            latency_to_private: stats.latency_to_private,
+            latency_to_shared: stats.latency_to_shared,
         });
+        Ok(())
+    })
+}
+
+/// The states of a range: up to `*count` runs, of which `*count` then says how many there are.
+/// Neighbouring runs differ. `*next` is where to go on if there was no room for all: the offset behind
+/// the last run. Conversions go on meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_map(
+    backend: *const guestmemfd_backend,
+    offset: u64,
+    size: u64,
+    runs: *mut guestmemfd_run,
+    count: *mut u64,
+    next: *mut u64,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || {
+        let backend = &check_ref(backend, "backend")?.backend;
+        let room = *check_ref(count, "count")?;
+        let (count, next) = (Out::check(count, "count")?, Out::check(next, "next")?);
+        let runs = Out::check(runs, "runs")?;
+        if room == 0 {
+            return Err(Failure::Argument("count is 0, no room for a run".into()));
+        }
+        let pages = backend.pages_at(offset, size)?;
+        // There are no more runs than pages.
+        let room = room.min(pages.count());
+        let map = backend.state_map(pages, usize::try_from(room).unwrap_or(usize::MAX));
+        let found = map.runs.into_iter().map(|(run, state)| guestmemfd_run {
+            offset: run.start_bytes(),
+            size: run.bytes(),
+            state: state_number(state),
+        });
+        let end = map.rest.map_or(offset + size, |rest| rest.start_bytes());
+        count.set(runs.set_many(found));
+        next.set(end);
         Ok(())
     })
 }

@@ -6,6 +6,7 @@ use std::os::raw::{c_char, c_void};
 
 use crate::addr::{FilePages, GuestPages};
 use crate::backend::Backend;
+use crate::error::Error;
 use crate::listener::{Level, Listener};
 use crate::state::View;
 
@@ -20,7 +21,7 @@ use crate::state::View;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct guestmemfd_callbacks {
-    /// Passed to all but populate and discard.
+    /// Passed to all but populate, discard and failed.
     pub opaque: *mut c_void,
     /// A request begins. Are populate and discard to be called in it?
     pub begin: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
@@ -37,6 +38,18 @@ pub struct guestmemfd_callbacks {
     /// May a part of a request that no backend owns take part in it? 0, or -errno to refuse.
     pub gap: Option<
         unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to_private: bool) -> i32,
+    >,
+    /// The kernel, pins or a refusing populate kept a request of the guest's from being served. Nothing
+    /// has changed. Called after end; a guest can cause it as often as it likes. `backend_opaque` is of
+    /// the backend that the range begins in, or NULL.
+    pub failed: Option<
+        unsafe extern "C" fn(
+            backend_opaque: *mut c_void,
+            gpa: u64,
+            size: u64,
+            to_private: bool,
+            message: *const c_char,
+        ),
     >,
     /// Should a thread that waits for a claim give up (-EINTR)?
     pub interrupted: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
@@ -122,6 +135,15 @@ impl Listener for CListener {
         let (gpa, size) = (guest.start_bytes(), guest.bytes());
         // SAFETY: see begin.
         check(unsafe { gap(self.0.opaque, gpa, size, to == View::Private) })
+    }
+
+    fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, error: &Error) {
+        let opaque = backend.map_or(std::ptr::null_mut(), opaque_of);
+        let (gpa, size) = (guest.start_bytes(), guest.bytes());
+        if let (Some(failed), Ok(message)) = (self.0.failed, CString::new(error.to_string())) {
+            // SAFETY: see begin; the string lives until the function returns.
+            unsafe { failed(opaque, gpa, size, to == View::Private, message.as_ptr()) }
+        }
     }
 
     fn interrupted(&self) -> bool {

@@ -93,6 +93,18 @@ impl<T> Out<T> {
         // SAFETY: not NULL; C's side of the contract is that it is a valid place for a T.
         unsafe { self.0.write(value) }
     }
+
+    /// Writes several, one behind the other, and says how many. The caller has made sure that C promised
+    /// room for them.
+    fn set_many(self, values: impl Iterator<Item = T>) -> u64 {
+        let mut written = 0;
+        for (index, value) in values.enumerate() {
+            // SAFETY: not NULL; C's side of the contract is room for as many as the caller lets through.
+            unsafe { self.0.add(index).write(value) }
+            written += 1;
+        }
+        written
+    }
 }
 
 fn check_fd<'a>(fd: i32, name: &str) -> Result<BorrowedFd<'a>, Failure> {

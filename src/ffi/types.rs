@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, Discard};
 use crate::backing::Mode;
+use crate::state::PageState;
+use crate::stats::LATENCY_BUCKETS;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 4;
+pub const GUESTMEMFD_ABI: u32 = 5;
 
 /// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
 /// cannot carry a guest_memfd.
@@ -63,6 +65,29 @@ pub const GUESTMEMFD_PREFAULT_OFF: guestmemfd_prefault = 0;
 pub const GUESTMEMFD_PREFAULT_SMALL: guestmemfd_prefault = 1;
 /// All of them.
 pub const GUESTMEMFD_PREFAULT_ON: guestmemfd_prefault = 2;
+
+/// The state of a page: one of GUESTMEMFD_STATE_*.
+pub type guestmemfd_state = u32;
+/// Nobody has chosen a view yet.
+pub const GUESTMEMFD_STATE_UNDECIDED: guestmemfd_state = 0;
+/// Host and guest use the shared view.
+pub const GUESTMEMFD_STATE_SHARED: guestmemfd_state = 1;
+/// Only the guest uses it, through the private view.
+pub const GUESTMEMFD_STATE_PRIVATE: guestmemfd_state = 2;
+/// A conversion has claimed it.
+pub const GUESTMEMFD_STATE_TRANSITION: guestmemfd_state = 3;
+
+/// Neighbouring bytes of a backend in one state.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct guestmemfd_run {
+    /// The first of them.
+    pub offset: u64,
+    /// How many; a multiple of 4096.
+    pub size: u64,
+    /// Their state.
+    pub state: guestmemfd_state,
+}
 
 /// What a backend is to be.
 #[repr(C)]
@@ -141,6 +166,25 @@ pub struct guestmemfd_stats {
     pub discard: guestmemfd_discard,
     /// Bytes of the chunk of lazy attributes; 0 without them.
     pub lazy_chunk: u64,
+    /// How long requests that moved pages to the private view have taken since the first call of
+    /// guestmemfd_backend_stats(): element 0 counts those under 1 us, element N those under 2^N us, the
+    /// last one the rest.
+    pub latency_to_private: [u64; GUESTMEMFD_LATENCY_BUCKETS],
+    /// The same for the shared view.
+    pub latency_to_shared: [u64; GUESTMEMFD_LATENCY_BUCKETS],
+}
+
+/// Elements of the histograms of guestmemfd_stats.
+pub const GUESTMEMFD_LATENCY_BUCKETS: usize = 24;
+const _: () = assert!(GUESTMEMFD_LATENCY_BUCKETS == LATENCY_BUCKETS);
+
+pub(super) fn state_number(state: PageState) -> guestmemfd_state {
+    match state {
+        PageState::Undecided => GUESTMEMFD_STATE_UNDECIDED,
+        PageState::Shared => GUESTMEMFD_STATE_SHARED,
+        PageState::Private => GUESTMEMFD_STATE_PRIVATE,
+        PageState::Transition => GUESTMEMFD_STATE_TRANSITION,
+    }
 }
 
 pub(super) fn mode_number(mode: Mode) -> guestmemfd_mode {

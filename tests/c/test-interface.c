@@ -33,7 +33,7 @@ static void check(bool ok, const char *what)
 
 /* What the callbacks saw. */
 static struct {
-    int begun, ended, populated, discarded, prefaulted, gaps, logged;
+    int begun, ended, populated, discarded, prefaulted, gaps, logged, failed;
     int populate_answer;
     int gap_answer;
     void *backend_opaque;
@@ -83,6 +83,13 @@ static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, bool to_private
     return to_private ? -EINVAL : seen.gap_answer;
 }
 
+static void on_failed(void *backend_opaque, uint64_t gpa, uint64_t size, bool to_private,
+                      const char *message)
+{
+    seen.failed += size == PAGE && gpa == MIB && !to_private && strlen(message) > 0;
+    seen.backend_opaque = backend_opaque;
+}
+
 static void on_log(void *opaque, uint32_t level, const char *message)
 {
     (void)opaque;
@@ -100,6 +107,7 @@ static const guestmemfd_callbacks callbacks = {
     .discard = on_discard,
     .prefault = on_prefault,
     .gap = on_gap,
+    .failed = on_failed,
     .log = on_log,
 };
 
@@ -287,6 +295,7 @@ static void test_conversions(void)
     check(guestmemfd_vm_memory_fault(vm, MIB, PAGE, false, &error) == -ENOMEM
               && !guestmemfd_backend_is_populated(backend, 0, PAGE),
           "a listener that cannot map keeps the page private");
+    check(seen.failed == 1 && seen.backend_opaque == &seen, "and is told what has failed");
     seen.populate_answer = 0;
     check(!guestmemfd_vm_memory_fault(vm, 1024 * MIB, PAGE, true, &error)
               && guestmemfd_backend_is_populated(backend, 0, PAGE),
@@ -501,6 +510,50 @@ static void test_pins(void)
     guestmemfd_vm_free(vm);
 }
 
+static void test_map(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend *backend = new_backend(vm, "ram");
+    guestmemfd_run runs[4] = { { .size = 1 } };
+    uint64_t count = 2, next = 1;
+    guestmemfd_error error;
+    bool bound = false;
+
+    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error);
+    check(!guestmemfd_vm_map_gpa_range(vm, PAGE, 2, 0x10, &error)
+              && !guestmemfd_vm_map_gpa_range(vm, 3 * PAGE, 1, 0, &error),
+          "pages in three states");
+    check(!guestmemfd_backend_map(backend, 0, SIZE, runs, &count, &next, &error)
+              && count == 2 && next == 3 * PAGE && runs[2].size == 0,
+          "a map has no more runs than there is room for, and says where it goes on");
+    check(runs[0].offset == 0 && runs[0].size == PAGE
+              && runs[0].state == GUESTMEMFD_STATE_UNDECIDED && runs[1].offset == PAGE
+              && runs[1].size == 2 * PAGE && runs[1].state == GUESTMEMFD_STATE_PRIVATE,
+          "its runs have offset, size and state");
+    count = 4;
+    check(!guestmemfd_backend_map(backend, next, SIZE - next, runs, &count, &next, &error)
+              && count == 2 && next == SIZE && runs[0].state == GUESTMEMFD_STATE_SHARED
+              && runs[1].size == SIZE - 4 * PAGE,
+          "it goes on to the end");
+    check(guestmemfd_backend_map(backend, 0, SIZE + PAGE, runs, &count, &next, &error) == -EINVAL
+              && strstr(error.message, "outside")
+              && guestmemfd_backend_map(backend, 1, PAGE, runs, &count, &next, &error) == -EINVAL
+              && guestmemfd_backend_map(backend, 0, 0, runs, &count, &next, &error) == -EINVAL
+              && guestmemfd_backend_map(backend, UINT64_MAX - PAGE + 1, PAGE, runs, &count, &next,
+                                        &error) == -EINVAL,
+          "ranges that are none of the backend's are refused");
+    count = 0;
+    check(guestmemfd_backend_map(backend, 0, SIZE, runs, &count, &next, &error) == -EINVAL
+              && guestmemfd_backend_map(backend, 0, SIZE, NULL, &count, &next, &error) == -EINVAL
+              && guestmemfd_backend_map(backend, 0, SIZE, runs, NULL, &next, &error) == -EINVAL
+              && guestmemfd_backend_map(NULL, 0, SIZE, runs, &count, &next, &error) == -EINVAL,
+          "so are places that hold nothing");
+
+    guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
+    guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+}
+
 int main(void)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -509,6 +562,7 @@ int main(void)
     test_lazy_and_coalesced();
     test_threads();
     test_pins();
+    test_map();
     test_kvm();
     printf("1..%d\n", tests);
     return failures != 0;

@@ -17,5 +17,6 @@ mod layout;
 mod lazy_attributes;
 mod machine;
 mod mapper;
+mod observing;
 mod request;
 mod threads;

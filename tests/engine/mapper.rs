@@ -23,6 +23,8 @@ pub(crate) struct Mapper {
     pub(crate) interrupts: AtomicBool,
     /// What was to be allocated.
     pub(crate) prefaulted: parking_lot::Mutex<Vec<GuestPages>>,
+    /// Requests that it has been told of as failed.
+    pub(crate) failed: parking_lot::Mutex<Vec<(GuestPages, View)>>,
 }
 
 pub(crate) struct MapperHandle(pub(crate) Arc<Mapper>);
@@ -65,6 +67,11 @@ impl Listener for MapperHandle {
             View::Shared => Ok(()),
             View::Private => Err(Errno::INVAL.into()),
         }
+    }
+
+    fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, _: &Error) {
+        assert!(backend.is_some());
+        self.0.failed.lock().push((guest, to));
     }
 
     fn log(&self, _: Level, _: &str) {}

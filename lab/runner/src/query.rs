@@ -44,6 +44,41 @@ pub(crate) struct Backend {
     pub(crate) unpunched_bytes: u64,
     /// Without lazy attributes there is none.
     pub(crate) lazy_chunk: Option<u64>,
+    /// Histograms of the time that conversions took since the first query.
+    pub(crate) latency_to_private: Vec<u64>,
+    pub(crate) latency_to_shared: Vec<u64>,
+}
+
+/// Where a backend has which states: the command.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct QueryMap<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) offset: u64,
+    pub(crate) max_runs: u32,
+}
+
+impl Command for QueryMap<'_> {
+    type Ok = Map;
+    const NAME: &'static str = "x-query-guestmemfd-map";
+    const ALLOW_OOB: bool = false;
+}
+
+/// A part of a backend's map.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Map {
+    pub(crate) size: u64,
+    pub(crate) runs: Vec<Run>,
+    /// Where to go on.
+    pub(crate) next: Option<u64>,
+}
+
+/// Neighbouring pages in one state.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(crate) struct Run {
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+    pub(crate) state: String,
 }
 
 impl Backend {

@@ -56,6 +56,7 @@ fn access(context: &Context) -> Result<()> {
     let mut qemu = context.start(&vm)?;
     qemu.qmp.run("cont", json!({}))?;
     let line = guest::wait_line(&qemu, "# device:", GUEST_LIMIT)?;
+    events(&mut qemu)?;
     qemu.qmp.run("stop", json!({}))?;
     qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
 
@@ -88,6 +89,26 @@ fn access(context: &Context) -> Result<()> {
     );
     let tap = guest::finish(&mut qemu)?;
     ensure!(tap.verdict()? >= 6, "the guest has left something out");
+    Ok(())
+}
+
+/// What went wrong so far has been told: devices were refused, and a ring did not become private.
+fn events(qemu: &mut Qemu) -> Result<()> {
+    let mut next = |name| qemu.qmp.wait_event(&[name], EXIT_LIMIT);
+    let access = next("GUESTMEMFD_PRIVATE_ACCESS")?.data;
+    ensure!(
+        access["id"] == "ram0" && access["offset"].is_u64() && access["size"].is_u64(),
+        "the access was {access}"
+    );
+    let failed = next("GUESTMEMFD_CONVERSION_FAILED")?.data;
+    let error = failed["error"].as_str().unwrap_or_default();
+    ensure!(
+        failed["id"] == "ram0"
+            && failed["to"] == "private"
+            && failed["size"] == 4096
+            && error.contains("the host has used them"),
+        "the conversion was {failed}"
+    );
     Ok(())
 }
 

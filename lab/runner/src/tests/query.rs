@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! What QMP and HMP show of backends that do nothing.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
-use super::{Context, SIZE, Test};
+use super::{Context, GUEST_LIMIT, SIZE, Test};
+use crate::guest;
 use crate::memory::{self, Kind};
 use crate::probe::Need;
-use crate::query;
-use crate::vm::Vm;
+use crate::qemu::Qemu;
+use crate::query::{self, QueryMap, Run};
+use crate::vm::{Scenario, Vm};
 
 pub(super) fn tests() -> Vec<Test> {
     vec![
@@ -16,6 +18,8 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("query/fresh-backend", &[Need::PrivateMemory], fresh_backend),
         Test::new("query/two-backends", &[Need::PrivateMemory], two_backends),
         Test::new("query/monitor", &[Need::PrivateMemory], monitor),
+        Test::new("query/map", &[Need::PrivateMemory], map),
+        Test::new("query/bad-maps", &[Need::PrivateMemory], bad_maps),
     ]
 }
 
@@ -122,5 +126,119 @@ fn monitor(context: &Context) -> Result<()> {
         text.contains("ram0"),
         "info guestmemfd does not name ram0: {text}"
     );
+    Ok(())
+}
+
+/// Where the guest's pages are says the map; it agrees with the sums, read at once or in parts.
+fn map(context: &Context) -> Result<()> {
+    let vm = Vm::conformance(&context.files, Scenario::Hypercall, false, SIZE, 1);
+    let mut qemu = context.start(&vm)?;
+    let fresh = query::backend(&mut qemu.qmp)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let after = query::backend(&mut qemu.qmp)?;
+    let whole = read_map(&mut qemu, 4096)?;
+    ensure!(
+        whole.len() > 4 && whole.windows(2).all(|pair| pair[0].state != pair[1].state),
+        "these runs are too few, or could be one: {whole:?}"
+    );
+    ensure!(
+        read_map(&mut qemu, 3)? == whole,
+        "read in parts, the map is another"
+    );
+    for (state, bytes) in [
+        ("undecided", after.undecided_bytes),
+        ("shared", after.shared_bytes),
+        ("private", after.private_bytes),
+        ("transition", after.transition_bytes),
+    ] {
+        let runs = whole.iter().filter(|run| run.state == state);
+        let sum: u64 = runs.map(|run| run.size).sum();
+        ensure!(
+            sum == bytes,
+            "the map has {sum} bytes {state}, query-guestmemfd {bytes}"
+        );
+    }
+    for (latency, conversions) in [
+        (
+            &after.latency_to_private,
+            after.conversions_to_private - fresh.conversions_to_private,
+        ),
+        (
+            &after.latency_to_shared,
+            after.conversions_to_shared - fresh.conversions_to_shared,
+        ),
+    ] {
+        ensure!(
+            latency.iter().sum::<u64>() == conversions && conversions > 0,
+            "{conversions} conversions took {latency:?}"
+        );
+    }
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// The whole map of ram0, in parts of so many runs.
+fn read_map(qemu: &mut Qemu, max_runs: u32) -> Result<Vec<Run>> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut offset = 0;
+    loop {
+        let part = qemu.qmp.execute(&QueryMap {
+            id: "ram0",
+            offset,
+            max_runs,
+        })?;
+        let limit = usize::try_from(max_runs)?;
+        ensure!(
+            part.size == SIZE.0 && part.runs.len() <= limit,
+            "asked for {max_runs} runs: {part:?}"
+        );
+        for run in part.runs {
+            ensure!(
+                run.offset == offset && run.size > 0,
+                "at {offset:#x} comes {run:?}"
+            );
+            offset += run.size;
+            runs.push(run);
+        }
+        match part.next {
+            Some(next) => ensure!(next == offset, "next is {next:#x} behind {offset:#x}"),
+            None => {
+                ensure!(offset == SIZE.0, "the map ends at {offset:#x}");
+                return Ok(runs);
+            }
+        }
+    }
+}
+
+fn bad_maps(context: &Context) -> Result<()> {
+    let mut qemu = context.start(&Vm::protected(SIZE))?;
+    for (arguments, word) in [
+        (json!({"id": "ram1"}), "ram1"),
+        (json!({"id": "cgs0"}), "cgs0"),
+        (json!({"id": ""}), "id"),
+        (json!({"id": "ram0", "offset": SIZE.0}), "empty"),
+        (json!({"id": "ram0", "offset": 1}), "aligned"),
+        (json!({"id": "ram0", "size": 0}), "empty"),
+        (json!({"id": "ram0", "size": SIZE.0 + 4096}), "outside"),
+        (
+            json!({"id": "ram0", "offset": u64::MAX - 4095, "size": 4096}),
+            "64 bits",
+        ),
+        (json!({"id": "ram0", "max-runs": 0}), "max-runs"),
+        (json!({"id": "ram0", "max-runs": 65537}), "65536"),
+        (json!({"id": "ram0", "size": "all"}), "size"),
+        (json!({}), "id"),
+    ] {
+        let shown = arguments.to_string();
+        match qemu.qmp.raw("x-query-guestmemfd-map", arguments)? {
+            Ok(answer) => bail!("{shown} is answered with {answer}"),
+            Err(refusal) => ensure!(
+                refusal.0.contains(word),
+                "{shown} is refused without {word:?}: {}",
+                refusal.0
+            ),
+        }
+    }
+    qemu.alive()?;
     Ok(())
 }

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Pictures of a backend: which of its pages are in which state.
+
+use crate::addr::FilePages;
+use crate::backend::Backend;
+use crate::state::PageState;
+
+/// How many pages are looked at, and how many runs are taken, before conversions get their turn.
+const PAGES_AT_ONCE: u64 = 1 << 20;
+const RUNS_AT_ONCE: usize = 1024;
+
+/// States of a range of a backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateMap {
+    /// Neighbouring pages of one state, in order. Neighbouring runs differ.
+    pub runs: Vec<(FilePages, PageState)>,
+    /// What did not find room, if anything.
+    pub rest: Option<FilePages>,
+}
+
+impl Backend {
+    /// The states of a range, in up to `limit` runs. Conversions go on meanwhile, so that of a large
+    /// range the end is seen later than the beginning.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn state_map(&self, pages: FilePages, limit: usize) -> StateMap {
+        let mut runs: Vec<(FilePages, PageState)> = Vec::new();
+        let mut rest = Some(pages);
+        while let Some(pages) = rest {
+            let end = pages.end().min(pages.start() + PAGES_AT_ONCE);
+            let Some(slice) = FilePages::new(pages.start(), end) else {
+                break;
+            };
+            let found: Vec<_> = {
+                let states = self.states.lock();
+                states.runs(slice).take(RUNS_AT_ONCE).collect()
+            };
+            for (run, state) in found {
+                // The last run may go on where this look at the states began.
+                let last = runs.pop_if(|(_, last)| *last == state);
+                if last.is_none() && runs.len() == limit {
+                    return StateMap { runs, rest };
+                }
+                let start = last.map_or(run.start(), |(last, _)| last.start());
+                let whole = FilePages::new(start, run.end());
+                runs.extend(whole.map(|whole| (whole, state)));
+                rest = FilePages::new(run.end(), pages.end());
+            }
+        }
+        StateMap { runs, rest }
+    }
+}

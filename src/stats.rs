@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! What a backend counts, and what it tells of that.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::addr::PAGE_SIZE;
+use crate::backend::Backend;
+use crate::state::{PageState, View};
+
+/// Two counters, one for each direction.
+#[derive(Debug, Default)]
+pub(crate) struct ByView {
+    shared: AtomicU64,
+    private: AtomicU64,
+}
+
+impl ByView {
+    pub(crate) fn add(&self, view: View, n: u64) {
+        match view {
+            View::Shared => self.shared.fetch_add(n, Ordering::Relaxed),
+            View::Private => self.private.fetch_add(n, Ordering::Relaxed),
+        };
+    }
+}
+
+/// What a backend counts. Nothing is computed before somebody asks.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) conversions: ByView,
+    pub(crate) converted_pages: ByView,
+    pub(crate) pages_along: AtomicU64,
+    pub(crate) faults: ByView,
+    pub(crate) hypercalls: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) waits: AtomicU64,
+    pub(crate) latencies: Latencies,
+}
+
+/// Number of a histogram's buckets.
+pub const LATENCY_BUCKETS: usize = 24;
+
+/// How long conversions have taken: bucket 0 counts those under 1 µs, bucket N those under 2^N µs,
+/// and the last one the rest.
+pub type Latency = [u64; LATENCY_BUCKETS];
+
+type Buckets = [AtomicU64; LATENCY_BUCKETS];
+
+/// How long conversions take, from when somebody first asked for it: nobody else pays for clocks.
+#[derive(Debug, Default)]
+pub(crate) struct Latencies {
+    watched: AtomicBool,
+    to_shared: Buckets,
+    to_private: Buckets,
+}
+
+impl Latencies {
+    /// A request begins.
+    pub(crate) fn start(&self) -> Option<Instant> {
+        self.watched.load(Ordering::Relaxed).then(Instant::now)
+    }
+
+    /// A request that began then has moved pages to a view.
+    pub(crate) fn end(&self, started: Option<Instant>, to: View) {
+        if let Some(started) = started {
+            let bucket = &self.of(to)[bucket(started.elapsed())];
+            bucket.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn of(&self, to: View) -> &Buckets {
+        match to {
+            View::Shared => &self.to_shared,
+            View::Private => &self.to_private,
+        }
+    }
+
+    fn read(&self, to: View) -> Latency {
+        self.watched.store(true, Ordering::Relaxed);
+        std::array::from_fn(|index| self.of(to)[index].load(Ordering::Relaxed))
+    }
+}
+
+fn bucket(time: Duration) -> usize {
+    let bits = u128::BITS - time.as_micros().leading_zeros();
+    (bits as usize).min(LATENCY_BUCKETS - 1)
+}
+
+/// What a backend holds and has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendStats {
+    /// Bytes in each state, in the order of [`PageState::ALL`].
+    pub state_bytes: [u64; 4],
+    /// Bytes of the shared file that the kernel has allocated.
+    pub shared_allocated: u64,
+    /// Requests that moved pages to the shared view.
+    pub conversions_to_shared: u64,
+    /// Requests that moved pages to the private view.
+    pub conversions_to_private: u64,
+    /// Bytes moved to the shared view.
+    pub converted_to_shared: u64,
+    /// Bytes moved to the private view.
+    pub converted_to_private: u64,
+    /// Bytes that lazy attributes made private along with others that were asked for.
+    pub converted_along: u64,
+    /// Memory faults that asked for the shared view.
+    pub faults_shared: u64,
+    /// Memory faults that asked for the private view.
+    pub faults_private: u64,
+    /// Requests by hypercall.
+    pub hypercalls: u64,
+    /// Requests that were refused.
+    pub refused: u64,
+    /// Requests that waited for pages that the host used.
+    pub waits: u64,
+    /// Bytes that the host uses through pins; those that are pinned twice count twice.
+    pub pinned: u64,
+    /// Bytes whose hole is still to be punched.
+    pub unpunched: u64,
+    /// How long requests that moved pages to the shared view have taken since the first time that
+    /// somebody asked.
+    pub latency_to_shared: Latency,
+    /// The same for the private view.
+    pub latency_to_private: Latency,
+}
+
+impl Backend {
+    /// Bytes per state and counters. Starts to measure latencies.
+    pub fn stats(&self) -> BackendStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        let state_bytes = {
+            let states = self.states.lock();
+            PageState::ALL.map(|state| states.count(state) * PAGE_SIZE)
+        };
+        BackendStats {
+            state_bytes,
+            // A file that cannot be asked is shown as empty: a query must not fail for it.
+            shared_allocated: self.backing().file(View::Shared).allocated().unwrap_or(0),
+            conversions_to_shared: get(&counters.conversions.shared),
+            conversions_to_private: get(&counters.conversions.private),
+            converted_to_shared: get(&counters.converted_pages.shared) * PAGE_SIZE,
+            converted_to_private: get(&counters.converted_pages.private) * PAGE_SIZE,
+            converted_along: get(&counters.pages_along) * PAGE_SIZE,
+            faults_shared: get(&counters.faults.shared),
+            faults_private: get(&counters.faults.private),
+            hypercalls: get(&counters.hypercalls),
+            refused: get(&counters.refused),
+            waits: get(&counters.waits),
+            pinned: self.pins.bytes(),
+            unpunched: self.unpunched_bytes(),
+            latency_to_shared: counters.latencies.read(View::Shared),
+            latency_to_private: counters.latencies.read(View::Private),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_powers_of_two_of_microseconds() {
+        for (nanoseconds, expected) in [
+            (0, 0),
+            (999, 0),
+            (1_000, 1),
+            (1_999, 1),
+            (2_000, 2),
+            (1_023_999, 10),
+            (1_024_000, 11),
+            (u64::MAX, LATENCY_BUCKETS - 1),
+        ] {
+            assert_eq!(bucket(Duration::from_nanos(nanoseconds)), expected);
+        }
+    }
+
+    #[test]
+    fn latencies_are_measured_once_somebody_has_asked() {
+        let latencies = Latencies::default();
+        assert_eq!(latencies.start(), None);
+        assert_eq!(latencies.read(View::Private).iter().sum::<u64>(), 0);
+        latencies.end(latencies.start(), View::Private);
+        assert_eq!(latencies.read(View::Private).iter().sum::<u64>(), 1);
+        assert_eq!(latencies.read(View::Shared).iter().sum::<u64>(), 0);
+    }
+}
