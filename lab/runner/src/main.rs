@@ -9,8 +9,6 @@ mod guest;
 mod memory;
 mod probe;
 mod qemu;
-mod qmp;
-mod query;
 mod show;
 mod strict;
 mod tap;
@@ -20,6 +18,7 @@ mod vm;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use guestmemfd_qmp::{self as qmp, query};
 
 #[derive(Debug, Parser)]
 #[command(about, version)]

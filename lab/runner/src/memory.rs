@@ -290,17 +290,6 @@ fn vmstat(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(value)
 }
 
-/// Bytes for people.
-pub(crate) fn human(bytes: u64) -> String {
-    const UNITS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match UNITS.iter().find(|(unit, _)| bytes >= *unit) {
-        Some((unit, name)) if bytes.is_multiple_of(*unit) => format!("{} {name}", bytes / unit),
-        // Two digits show a single page beside a MiB.
-        Some((unit, name)) => format!("{}.{:02} {name}", bytes / unit, bytes % unit * 100 / unit),
-        None => format!("{bytes} B"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,15 +321,6 @@ mod tests {
                     7f1 default file=/memfd:x dirty=9 N0=9\n\
                     7f2 default file=/[kvm-gmem] N1=4\n";
         assert_eq!(pages_by_node(maps), [(0, 1), (1, 6)]);
-    }
-
-    #[test]
-    fn sizes_for_people() {
-        assert_eq!(human(0), "0 B");
-        assert_eq!(human(4096), "4 KiB");
-        assert_eq!(human((1 << 20) + 4096), "1.00 MiB");
-        assert_eq!(human((1 << 20) + 40960), "1.03 MiB");
-        assert_eq!(human(256 << 20), "256 MiB");
     }
 
     #[test]

@@ -24,6 +24,9 @@ pub(crate) const START_LIMIT: Duration = Duration::from_secs(180);
 /// The same for its end.
 pub(crate) const EXIT_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long an answer over QMP may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+
 const POLL: Duration = Duration::from_millis(20);
 
 /// Arguments that connect a QEMU to this module; everything that is started gets them.
@@ -94,7 +97,7 @@ pub(crate) fn start(
 
     let mut qemu = Qemu {
         child,
-        qmp: Qmp::new(ours, &log.join("qmp"))?,
+        qmp: Qmp::new(ours, ANSWER_LIMIT, Some(&log.join("qmp")))?,
         serial,
         log: log.to_owned(),
     };

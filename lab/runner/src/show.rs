@@ -3,8 +3,8 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::memory::{self, Backing, Kind, human};
-use crate::query::Backend;
+use crate::memory::{self, Backing, Kind};
+use crate::query::{Backend, human};
 
 /// Bytes per state of every backend, and what the kernel has allocated for their files.
 pub(crate) fn map(backends: &[Backend], files: &[Backing]) -> String {

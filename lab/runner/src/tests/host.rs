@@ -270,7 +270,7 @@ fn dump(qemu: &mut Qemu, dir: &Path, pages: &Pages) -> Result<()> {
 fn migration(qemu: &mut Qemu, dir: &Path) -> Result<()> {
     let uri = format!("file:{}", dir.join("state").display());
     let refusal = qemu.qmp.raw("migrate", json!({"uri": uri}))?;
-    let why = refusal.err().context("it is not refused")?.0;
+    let why = refusal.err().context("it is not refused")?.desc;
     ensure!(why.contains("private"), "no reason: {why}");
     Ok(())
 }

@@ -235,7 +235,11 @@ fn postcopy(context: &Context) -> Result<()> {
 fn refused(qemu: &mut Qemu, command: &str, arguments: Value, word: &str) -> Result<()> {
     match qemu.qmp.raw(command, arguments)? {
         Ok(_) => bail!("{command} was accepted"),
-        Err(why) => ensure!(why.0.contains(word), "{command}: no {word} in {:?}", why.0),
+        Err(why) => ensure!(
+            why.desc.contains(word),
+            "{command}: no {word} in {:?}",
+            why.desc
+        ),
     }
     qemu.alive()
 }

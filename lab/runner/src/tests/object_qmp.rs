@@ -88,7 +88,7 @@ fn add(qemu: &mut Qemu, properties: &Value) -> Result<Option<String>> {
         .qmp
         .raw("object-add", arguments)?
         .err()
-        .map(|refusal| refusal.0))
+        .map(|refusal| refusal.desc))
 }
 
 fn delete(qemu: &mut Qemu) -> Result<()> {
@@ -295,7 +295,7 @@ fn delete_in_use(context: &Context) -> Result<()> {
     let Err(why) = qemu.qmp.raw("object-del", json!({"id": "ram0"}))? else {
         bail!("the guest's own memory could be deleted");
     };
-    ensure!(why.0.contains("mapped"), "the message is {:?}", why.0);
+    ensure!(why.desc.contains("mapped"), "the message is {:?}", why.desc);
     ensure!(query::backend(&mut qemu.qmp)?.id == "ram0", "ram0 is gone");
     qemu.alive()
 }
@@ -307,7 +307,7 @@ fn use_twice(context: &Context) -> Result<()> {
     let Err(why) = qemu.qmp.raw("device_add", device)? else {
         bail!("a DIMM took the memory that the machine already uses");
     };
-    ensure!(why.0.contains("ram0"), "the message is {:?}", why.0);
+    ensure!(why.desc.contains("ram0"), "the message is {:?}", why.desc);
     ensure!(query::backend(&mut qemu.qmp)?.id == "ram0", "ram0 is gone");
     qemu.alive()
 }

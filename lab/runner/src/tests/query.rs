@@ -9,7 +9,7 @@ use crate::guest;
 use crate::memory::{self, Kind};
 use crate::probe::Need;
 use crate::qemu::Qemu;
-use crate::query::{self, QueryMap, Run};
+use crate::query::{self, QueryMap, Run, State};
 use crate::vm::{Scenario, Vm};
 
 pub(super) fn tests() -> Vec<Test> {
@@ -146,16 +146,16 @@ fn map(context: &Context) -> Result<()> {
         "read in parts, the map is another"
     );
     for (state, bytes) in [
-        ("undecided", after.undecided_bytes),
-        ("shared", after.shared_bytes),
-        ("private", after.private_bytes),
-        ("transition", after.transition_bytes),
+        (State::Undecided, after.undecided_bytes),
+        (State::Shared, after.shared_bytes),
+        (State::Private, after.private_bytes),
+        (State::Transition, after.transition_bytes),
     ] {
         let runs = whole.iter().filter(|run| run.state == state);
         let sum: u64 = runs.map(|run| run.size).sum();
         ensure!(
             sum == bytes,
-            "the map has {sum} bytes {state}, query-guestmemfd {bytes}"
+            "the map has {sum} bytes {state:?}, query-guestmemfd {bytes}"
         );
     }
     for (latency, conversions) in [
@@ -233,9 +233,9 @@ fn bad_maps(context: &Context) -> Result<()> {
         match qemu.qmp.raw("x-query-guestmemfd-map", arguments)? {
             Ok(answer) => bail!("{shown} is answered with {answer}"),
             Err(refusal) => ensure!(
-                refusal.0.contains(word),
+                refusal.desc.contains(word),
                 "{shown} is refused without {word:?}: {}",
-                refusal.0
+                refusal.desc
             ),
         }
     }

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! A QMP client with time limits.
+//! A QMP client with time limits, and the commands of `memory-backend-guestmemfd`.
 //!
 //! Messages are those of `qapi-spec`. The loop around them is our own because the one in `qapi`
 //! fails on an event that its schema does not list and then takes the answer to one command for
 //! that of the next; and it has no time limits.
 
+pub mod query;
+
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -15,22 +17,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use qapi_spec::{Command, Response};
+use anyhow::{Context, Result, anyhow, bail};
+use qapi_spec::Response;
+pub use qapi_spec::{Command, Error as Refusal, ErrorClass};
 use serde_json::{Value, json};
 
-/// How long an answer to a command may take.
-const ANSWER_LIMIT: Duration = Duration::from_secs(120);
-
-/// QEMU's answer to a command that it refused.
-#[derive(Debug, Clone)]
-pub(crate) struct Refusal(pub(crate) String);
+/// The longest line that is read: some times the longest answer that QEMU has, a map of 65536 runs.
+const LINE_LIMIT: u64 = 16 << 20;
 
 /// An event, with the name that QEMU gave it.
 #[derive(Debug, Clone)]
-pub(crate) struct Event {
-    pub(crate) name: String,
-    pub(crate) data: Value,
+pub struct Event {
+    /// In capitals.
+    pub name: String,
+    /// Null if it has none.
+    pub data: Value,
 }
 
 #[derive(Debug)]
@@ -38,74 +39,88 @@ enum Message {
     Greeting,
     Event(Event),
     Answer(Value),
+    /// A line that is not JSON; nothing is read after it.
+    Garbage(String),
 }
 
 /// A connection in command mode.
 #[derive(Debug)]
-pub(crate) struct Qmp {
+pub struct Qmp {
     socket: UnixStream,
     messages: Receiver<Message>,
     events: VecDeque<Event>,
-    transcript: Arc<Mutex<File>>,
+    transcript: Transcript,
+    limit: Duration,
 }
 
+/// All traffic, for whoever looks for the reason of a failure.
+type Transcript = Option<Arc<Mutex<File>>>;
+
 impl Qmp {
-    /// Takes one end of a socket whose other end QEMU has (or will have) and writes all traffic to
-    /// `transcript`.
-    pub(crate) fn new(socket: UnixStream, transcript: &Path) -> Result<Self> {
-        let file = File::create(transcript)
-            .with_context(|| format!("cannot create {}", transcript.display()))?;
-        let transcript = Arc::new(Mutex::new(file));
+    /// Takes one end of a socket whose other end QEMU has (or will have). An answer may take as long
+    /// as `limit`; all traffic is written to `transcript`.
+    pub fn new(socket: UnixStream, limit: Duration, transcript: Option<&Path>) -> Result<Self> {
+        let create = |path: &Path| {
+            let file = File::create(path);
+            file.with_context(|| format!("cannot create {}", path.display()))
+        };
+        let file = transcript.map(create).transpose()?;
+        let transcript = file.map(|file| Arc::new(Mutex::new(file)));
+        socket.set_write_timeout(Some(limit))?;
         let (sender, messages) = channel();
         let reader = BufReader::new(socket.try_clone()?);
-        let log = Arc::clone(&transcript);
+        let log = transcript.clone();
         thread::spawn(move || read_messages(reader, &log, &sender));
         Ok(Self {
             socket,
             messages,
             events: VecDeque::new(),
             transcript,
+            limit,
         })
     }
 
     /// Waits for the greeting and leaves negotiation mode.
-    pub(crate) fn handshake(&mut self, limit: Duration) -> Result<()> {
+    pub fn handshake(&mut self, limit: Duration) -> Result<()> {
         match self.messages.recv_timeout(limit) {
             Ok(Message::Greeting) => {}
             Ok(other) => bail!("QMP began with {other:?} instead of a greeting"),
-            Err(RecvTimeoutError::Timeout) => {
-                bail!("QMP did not greet within {} s", limit.as_secs())
-            }
+            Err(RecvTimeoutError::Timeout) => bail!("QMP did not greet within {limit:?}"),
             Err(RecvTimeoutError::Disconnected) => bail!("QEMU closed QMP before greeting"),
         }
         self.raw("qmp_capabilities", json!({}))?
-            .map_err(|e| anyhow::anyhow!("qmp_capabilities was refused: {}", e.0))?;
+            .map_err(|e| anyhow!("qmp_capabilities was refused: {}", e.desc))?;
         Ok(())
     }
 
     /// Runs a command; the outer error means that QMP itself no longer works.
-    pub(crate) fn raw(
+    pub fn raw(
         &mut self,
         command: &str,
         arguments: Value,
     ) -> Result<std::result::Result<Value, Refusal>> {
         let text = json!({"execute": command, "arguments": arguments}).to_string();
         log_line(&self.transcript, "->", &text);
-        self.socket
-            .write_all(format!("{text}\n").as_bytes())
-            .with_context(|| format!("cannot send {command} over QMP"))?;
-        let deadline = Instant::now() + ANSWER_LIMIT;
+        match self.socket.write_all(format!("{text}\n").as_bytes()) {
+            // What was said before it closed may still be unread.
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                return Err(error).with_context(|| format!("cannot send {command} over QMP"));
+            }
+            _ => {}
+        }
+        let deadline = Instant::now() + self.limit;
         loop {
             match self.receive(deadline) {
                 Ok(Message::Answer(value)) => {
                     let response: Response<Value> = serde_json::from_value(value.clone())
                         .with_context(|| format!("{command} was answered by {value}"))?;
-                    return Ok(response.result().map_err(|e| Refusal(e.desc)));
+                    return Ok(response.result());
                 }
                 Ok(Message::Event(event)) => self.events.push_back(event),
                 Ok(Message::Greeting) => bail!("a second QMP greeting, in answer to {command}"),
+                Ok(Message::Garbage(line)) => bail!("{command} was answered by no JSON: {line:?}"),
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!("no answer to {command} within {} s", ANSWER_LIMIT.as_secs())
+                    bail!("no answer to {command} within {:?}", self.limit)
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     bail!("QEMU closed QMP instead of answering {command}")
@@ -115,20 +130,28 @@ impl Qmp {
     }
 
     /// Runs a command that must succeed and whose result has no type here.
-    pub(crate) fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
+    pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.raw(command, arguments)?
-            .map_err(|e| anyhow::anyhow!("{command} was refused: {}", e.0))
+            .map_err(|e| anyhow!("{command} was refused: {}", e.desc))
     }
 
     /// Runs a typed command that must succeed.
-    pub(crate) fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok> {
-        let value = self.run(C::NAME, serde_json::to_value(command)?)?;
+    pub fn execute<C: Command>(&mut self, command: &C) -> Result<C::Ok> {
+        let answer = self.raw(C::NAME, serde_json::to_value(command)?)?;
+        let value = answer.map_err(|e| match e.class {
+            ErrorClass::CommandNotFound => anyhow!(
+                "this QEMU has no command {}: it lacks the patches of memory-backend-guestmemfd, or \
+                 the one that adds the command",
+                C::NAME
+            ),
+            _ => anyhow!("{} was refused: {}", C::NAME, e.desc),
+        })?;
         serde_json::from_value(value.clone())
             .with_context(|| format!("{} was answered by {value}", C::NAME))
     }
 
     /// Waits for an event with one of these names; other events before it are dropped.
-    pub(crate) fn wait_event(&mut self, names: &[&str], limit: Duration) -> Result<Event> {
+    pub fn wait_event(&mut self, names: &[&str], limit: Duration) -> Result<Event> {
         self.poll_event(names, limit)?.with_context(|| {
             let name = names.join(" or ");
             format!("no event {name} within {} s", limit.as_secs())
@@ -136,7 +159,7 @@ impl Qmp {
     }
 
     /// The same where none need come.
-    pub(crate) fn poll_event(&mut self, names: &[&str], limit: Duration) -> Result<Option<Event>> {
+    pub fn poll_event(&mut self, names: &[&str], limit: Duration) -> Result<Option<Event>> {
         let name = names.join(" or ");
         let deadline = Instant::now() + limit;
         loop {
@@ -156,6 +179,24 @@ impl Qmp {
         }
     }
 
+    /// Lets time pass; an error means that QMP no longer works.
+    pub fn idle(&mut self, time: Duration) -> Result<()> {
+        let deadline = Instant::now() + time;
+        loop {
+            match self.receive(deadline) {
+                Ok(Message::Event(event)) => self.events.push_back(event),
+                Ok(other) => bail!("{other:?} without a command"),
+                Err(RecvTimeoutError::Timeout) => return Ok(()),
+                Err(RecvTimeoutError::Disconnected) => bail!("QEMU closed QMP"),
+            }
+        }
+    }
+
+    /// The events that have come since the last call, as far as commands and waits met them.
+    pub fn take_events(&mut self) -> impl Iterator<Item = Event> {
+        std::mem::take(&mut self.events).into_iter()
+    }
+
     fn receive(&self, deadline: Instant) -> std::result::Result<Message, RecvTimeoutError> {
         let left = deadline.saturating_duration_since(Instant::now());
         self.messages.recv_timeout(left)
@@ -164,22 +205,28 @@ impl Qmp {
 
 fn read_messages(
     mut reader: BufReader<UnixStream>,
-    transcript: &Mutex<File>,
+    transcript: &Transcript,
     sender: &Sender<Message>,
 ) {
-    let mut line = String::new();
+    let mut line = Vec::new();
     loop {
         line.clear();
         // An error is the end of the connection as well: the channel closes and whoever waits is
         // told.
-        if !matches!(reader.read_line(&mut line), Ok(1..)) {
+        let read = (&mut reader).take(LINE_LIMIT).read_until(b'\n', &mut line);
+        if !matches!(read, Ok(1..)) {
             return;
         }
-        log_line(transcript, "<-", line.trim_end());
-        let Ok(value) = serde_json::from_str(&line) else {
-            return;
+        let text = || String::from_utf8_lossy(&line);
+        if transcript.is_some() {
+            log_line(transcript, "<-", text().trim_end());
+        }
+        let message = match serde_json::from_slice(&line) {
+            Ok(value) => classify(value),
+            Err(_) => Message::Garbage(text().trim_end().chars().take(60).collect()),
         };
-        if sender.send(classify(value)).is_err() {
+        let last = matches!(message, Message::Garbage(_));
+        if sender.send(message).is_err() || last {
             return;
         }
     }
@@ -198,7 +245,8 @@ fn classify(mut value: Value) -> Message {
     }
 }
 
-fn log_line(transcript: &Mutex<File>, direction: &str, text: &str) {
+fn log_line(transcript: &Transcript, direction: &str, text: &str) {
+    let Some(transcript) = transcript else { return };
     let mut file = transcript.lock().unwrap_or_else(PoisonError::into_inner);
     // A transcript that cannot be written must not fail the test.
     let _ = writeln!(file, "{direction} {text}");
@@ -221,7 +269,12 @@ mod tests {
     fn peer(lines: &'static str) -> (Qmp, thread::JoinHandle<String>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let qmp = Qmp::new(ours, &dir.path().join("qmp.log")).unwrap();
+        let qmp = Qmp::new(
+            ours,
+            Duration::from_secs(60),
+            Some(&dir.path().join("qmp.log")),
+        )
+        .unwrap();
         let join = thread::spawn(move || {
             theirs.write_all(lines.as_bytes()).unwrap();
             theirs.shutdown(std::net::Shutdown::Write).unwrap();
@@ -239,11 +292,19 @@ mod tests {
         );
         qmp.handshake(Duration::from_secs(5)).unwrap();
         assert_eq!(qmp.execute(&Answer {}).unwrap(), 42);
-        assert_eq!(qmp.raw("again", json!({})).unwrap().unwrap_err().0, "no");
+        assert_eq!(qmp.raw("again", json!({})).unwrap().unwrap_err().desc, "no");
         let event = qmp
             .wait_event(&["GUESTMEMFD_NEVER_HEARD_OF"], Duration::from_secs(5))
             .unwrap();
         assert_eq!(event.data["id"], "ram0");
+    }
+
+    #[test]
+    fn garbage_is_shown() {
+        let (mut qmp, _join, _dir) = peer("{\"QMP\":{}}\r\n{\"return\":{}}\r\nSSH-2.0 \u{7}\r\n");
+        qmp.handshake(Duration::from_secs(5)).unwrap();
+        let error = qmp.run("query-status", json!({})).unwrap_err().to_string();
+        assert!(error.contains(r#"no JSON: "SSH-2.0 \u{7}""#), "{error}");
     }
 
     #[test]
