@@ -62,6 +62,11 @@ pub(crate) fn example(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build_with(ctx, step, command, "guestmemfd", "release", "vmm")
 }
 
+/// The live view of a guest's memory.
+pub(crate) fn top(ctx: &Context, step: &Step) -> Result<PathBuf> {
+    build(ctx, step, "guestmemfd-top", "release", "guestmemfd-top")
+}
+
 /// The plugin that watches the emulated CPU.
 pub(crate) fn plugin(ctx: &Context, step: &Step) -> Result<PathBuf> {
     build(

@@ -67,7 +67,7 @@ impl<'a> Bench<'a> {
         &self,
         runner: &str,
         paths: Vec<String>,
-        programs: [(&str, String); 2],
+        programs: [(&str, String); 3],
         out: &str,
     ) -> Vec<String> {
         let mut words = vec![runner.to_owned(), "test".to_owned()];
@@ -86,11 +86,12 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// The library's example and its tests of owners, with the options by which the runner takes them.
-fn library_programs(ctx: &Context, step: &Step) -> Result<[(&'static str, PathBuf); 2]> {
+/// What the runner tests besides QEMU, with the options by which it takes them.
+fn programs(ctx: &Context, step: &Step) -> Result<[(&'static str, PathBuf); 3]> {
     Ok([
         ("--vmm", cargo::example(ctx, step)?),
         ("--owner-tests", cargo::owner_tests(ctx, step)?),
+        ("--top", cargo::top(ctx, step)?),
     ])
 }
 
@@ -259,7 +260,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
     let qemu = bench.qemu(step)?;
     let guest = cargo::plain_guest(bench.ctx, step)?;
     let runner = cargo::runner(bench.ctx, step)?;
-    let programs = library_programs(bench.ctx, step)?;
+    let programs = programs(bench.ctx, step)?;
     let firmware = image::firmware(bench.ctx)?;
     let out = bench.ctx.scratch().join("machine");
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -290,7 +291,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
 pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
     let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
-    let programs = library_programs(ctx, step)?;
+    let programs = programs(ctx, step)?;
     let logs = ctx.scratch().join("lab");
     cache::remove(&logs)?;
     fs::create_dir_all(&logs)?;

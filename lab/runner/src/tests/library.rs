@@ -16,7 +16,7 @@ use crate::vm::{SHARED_BIT, Scenario};
 
 const POLL: Duration = Duration::from_millis(50);
 
-/// Programs of the library's, where there are any.
+/// Programs to test, where there are any.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Programs {
     /// The library's example `vmm`; without it no test of it
@@ -25,6 +25,16 @@ pub(crate) struct Programs {
     /// The library's tests of owners; without them no test of KVM as an owner
     #[arg(long, value_name = "PATH")]
     owner_tests: Option<PathBuf>,
+    /// guestmemfd-top; without it no test of it
+    #[arg(long, value_name = "PATH")]
+    top: Option<PathBuf>,
+}
+
+impl Programs {
+    /// guestmemfd-top.
+    pub(super) fn top(&self) -> Option<&Path> {
+        self.top.as_deref()
+    }
 }
 
 pub(super) fn tests(programs: &Programs) -> Vec<Test> {

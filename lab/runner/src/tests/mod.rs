@@ -18,6 +18,7 @@ mod query;
 mod reset;
 mod robust;
 mod storm;
+mod top;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -142,6 +143,7 @@ fn all(options: &Options) -> Vec<Test> {
         robust::tests(),
         reset::tests(),
         storm::tests(),
+        top::tests(options.programs.top()),
         hostile::tests(),
         host::tests(),
         large::tests(),
