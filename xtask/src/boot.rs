@@ -149,7 +149,7 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
 }
 
 /// Whether confidential guests can run on this machine's own KVM.
-fn own_kvm_serves(runner: &Path) -> bool {
+pub(crate) fn own_kvm_serves(runner: &Path) -> bool {
     output(command(runner, ["probe"])).is_ok()
 }
 

@@ -1,18 +1,53 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! A Python environment with the tools that QEMU's configure wants (`lab/python.txt`).
+//! Python environments with what a list of requirements names.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
 use crate::cache::{self, Key};
 use crate::context::Context;
-use crate::process::{Job, command};
+use crate::process::{Job, command, output};
 use crate::progress::Step;
 
-/// The environment's `bin` folder; made when it is not there yet.
-pub(crate) fn environment(ctx: &Context, step: &Step) -> Result<PathBuf> {
-    let requirements = ctx.root.join("lab/python.txt");
+/// The tools that QEMU's configure wants.
+pub(crate) const TOOLS: &str = "lab/python.txt";
+
+/// Avocado, and what its tests import.
+pub(crate) const AVOCADO: &str = "tests/avocado/requirements.txt";
+
+/// The archive of an environment's packages.
+pub(crate) const PACKAGES: &str = "packages.tar";
+
+/// The `bin` folder of the environment with a list; made when it is not there yet.
+pub(crate) fn environment(ctx: &Context, step: &Step, list: &str) -> Result<PathBuf> {
+    Ok(folder(ctx, step, list)?.join("bin"))
+}
+
+/// The packages of a list, without the environment, for a Python elsewhere: they hold no compiled code.
+pub(crate) fn packages(ctx: &Context, step: &Step, list: &str) -> Result<PathBuf> {
+    let folder = folder(ctx, step, list)?;
+    let archive = folder.join(PACKAGES);
+    if archive.exists() {
+        return Ok(archive);
+    }
+    let _lock = cache::lock(&ctx.cache, "python", step)?;
+    let mut find = command(folder.join("bin/python3"), ["-c"]);
+    find.arg("import sysconfig; print(sysconfig.get_path('purelib'))");
+    let installed = output(find)?;
+    let partial = cache::partial_name(&archive);
+    let mut tar = command("tar", ["--create", "--file"]);
+    tar.arg(&partial)
+        .args(["--exclude=__pycache__", "--exclude=./pip*", "--directory"])
+        .args([installed.trim(), "."]);
+    Job::new("packing Python packages", tar).run()?;
+    fs::rename(&partial, &archive)?;
+    Ok(archive)
+}
+
+fn folder(ctx: &Context, step: &Step, list: &str) -> Result<PathBuf> {
+    let requirements = ctx.root.join(list);
     let python = python();
     let key = Key::default()
         .add_file(&requirements)?
@@ -27,11 +62,11 @@ pub(crate) fn environment(ctx: &Context, step: &Step) -> Result<PathBuf> {
     let folder = ctx.cache.join(format!("python-{key}"));
     let complete = folder.join("complete");
     if complete.exists() {
-        return Ok(folder.join("bin"));
+        return Ok(folder);
     }
     let _lock = cache::lock(&ctx.cache, "python", step)?;
     if complete.exists() {
-        return Ok(folder.join("bin"));
+        return Ok(folder);
     }
     step.say("making a Python environment");
     cache::remove(&folder)?;
@@ -48,12 +83,11 @@ pub(crate) fn environment(ctx: &Context, step: &Step) -> Result<PathBuf> {
     Job::new("installing Python packages", install)
         .log(&log)
         .run()
-        .context(
-            "pip could not fetch what lab/python.txt lists: see that it reaches a package index",
-        )?;
-    std::fs::write(&complete, "")
-        .with_context(|| format!("cannot write {}", complete.display()))?;
-    Ok(folder.join("bin"))
+        .with_context(|| {
+            format!("pip could not fetch what {list} lists: see that it reaches a package index")
+        })?;
+    fs::write(&complete, "").with_context(|| format!("cannot write {}", complete.display()))?;
+    Ok(folder)
 }
 
 /// The system's own Python, where there is one.

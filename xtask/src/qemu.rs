@@ -222,7 +222,7 @@ pub(crate) fn compile(
     with: bool,
     more: &[&str],
 ) -> Result<()> {
-    let python = python::environment(ctx, step)?;
+    let python = python::environment(ctx, step, python::TOOLS)?;
     let mut args: Vec<String> = CONFIGURE
         .iter()
         .chain(more)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! `cargo xtask test`: every test there is, as named steps.
 
+mod avocado;
 mod patches;
 mod report;
 mod steps;
@@ -108,6 +109,11 @@ const STEPS: &[TestStep] = &[
     .named(),
     step("lab", "tests with QEMU in level 1 of the lab", steps::lab).named(),
     step(
+        "avocado",
+        "tests with Avocado, in the lab if this machine's KVM does not serve",
+        avocado_step,
+    ),
+    step(
         "bench",
         "conversions cost no more instructions than they did",
         steps::bench,
@@ -128,6 +134,10 @@ fn series_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
 
 fn patches_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
     patches::test(bench.ctx, step)
+}
+
+fn avocado_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
+    avocado::test(bench, step)
 }
 
 impl Options {
@@ -158,8 +168,8 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
     let wanted: Vec<&TestStep> = STEPS.iter().filter(|step| options.wants(step)).collect();
     let progress = Steps::new(wanted.len() + 1);
     let step = progress.begin("system packages");
-    use Purpose::{Image, Kernel, Qemu, Test};
-    packages::ensure(ctx, &step, &[Qemu, Kernel, Image, Test])?;
+    use Purpose::{Debian, Image, Kernel, Qemu, Test};
+    packages::ensure(ctx, &step, &[Qemu, Kernel, Image, Debian, Test])?;
     step.finish("ready");
 
     let bench = steps::Bench::new(ctx, options.filter.clone(), options.full);

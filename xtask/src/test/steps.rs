@@ -29,7 +29,7 @@ const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
 pub(crate) struct Bench<'a> {
     pub(crate) ctx: &'a Context,
     filter: Option<String>,
-    full: bool,
+    pub(super) full: bool,
     qemu: OnceCell<Result<Qemu, String>>,
     kernel: OnceCell<Result<lab_kernel::Kernel, String>>,
 }
@@ -53,7 +53,7 @@ impl<'a> Bench<'a> {
         once(&self.kernel, || lab_kernel::build(self.ctx, step))
     }
 
-    fn parts(&self, step: &Step) -> Result<Parts> {
+    pub(super) fn parts(&self, step: &Step) -> Result<Parts> {
         Ok(Parts {
             qemu: self.qemu(step)?,
             kernel: self.kernel(step)?,
@@ -188,7 +188,7 @@ pub(crate) fn header(bench: &Bench, _step: &Step) -> Result<Tally> {
 
 pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
-    let tools = python::environment(ctx, step)?;
+    let tools = python::environment(ctx, step, python::TOOLS)?;
     let build = ctx.root.join("target/meson");
     step.say("building");
     let mut setup = meson(&tools, &["setup"]);
@@ -342,7 +342,7 @@ pub(crate) fn bench(bench: &Bench, step: &Step) -> Result<Tally> {
     Ok(tally)
 }
 
-fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
+pub(super) fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
     tap.line(line);
     let (done, total) = tap.progress();
     if total > 0 {
@@ -355,7 +355,7 @@ fn follow_tap(tap: &mut Tap, step: &Step, line: &str) {
     }
 }
 
-fn judge(tap: Tap, success: bool, ending: &str) -> Tally {
+pub(super) fn judge(tap: Tap, success: bool, ending: &str) -> Tally {
     let mut tally = tap.finish();
     if !success && tally.failed == 0 {
         tally.add(Tally::fail(format!("all tests passed, but: {ending}")));

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What tests of confidential guests share: parameters, what they need of the machine, the guest's command line."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from avocado import Test
+from machine import Machine, MachineError
+
+MIB = 1 << 20
+SIZE = 256 * MIB
+
+# /dev/kvm's ioctl, the capability that lists types of VMs, and the type.
+KVM_CHECK_EXTENSION = 0xAE03
+KVM_CAP_VM_TYPES = 235
+KVM_X86_SW_PROTECTED_VM = 1
+
+# The lab kernel's parameter, and where strict mode has to begin for the conformance guest.
+STRICT_FROM = Path("/sys/module/kvm/parameters/sw_protected_strict_from")
+STRICT_AT = 4 << 30
+SHARED_BIT = 38
+
+# What QEMU writes to shared pages: no two neighbours are equal.
+PATTERN = "".join(chr(ord("A") + n * 7 % 256 % 26) for n in range(256))
+
+# QEMU's exit status after a conformance guest that is content.
+CONTENT = 33
+
+
+def kvm_lacks():
+    """Why confidential guests cannot run here; None if they can."""
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"KVM cannot be used: {error}"
+    try:
+        types = fcntl.ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES)
+    finally:
+        os.close(kvm)
+    if not types >> KVM_X86_SW_PROTECTED_VM & 1:
+        return f"KVM offers no software-protected VMs (KVM_CAP_VM_TYPES is {types:#x})"
+    return None
+
+
+def strict_mode():
+    """Does the kernel let accesses and attributes disagree, above 4 GiB?"""
+    try:
+        return int(STRICT_FROM.read_text(encoding="ascii"), 0) == STRICT_AT
+    except (OSError, ValueError):
+        return False
+
+
+def tap_problem(text):
+    """What is wrong with a guest's report; None if all of it is ok."""
+    lines = text.splitlines()
+    plans = [line for line in lines if line.startswith("1..")]
+    if not plans:
+        last = lines[-1] if lines else "nothing"
+        return f"the guest's report is incomplete; the last it said: {last}"
+    bad = [line for line in lines if line.startswith(("not ok", "Bail out!"))]
+    if bad:
+        return f"the guest says: {bad[0]}"
+    good = sum(line.startswith("ok") for line in lines)
+    if plans[-1] != f"1..{good}" or good == 0:
+        return f"the guest reports {good} results but its plan is {plans[-1]}"
+    return None
+
+
+class ConfidentialTest(Test):
+    """A test of a guest whose memory is memory-backend-guestmemfd."""
+
+    timeout = 600
+
+    def setUp(self):
+        checkout = Path(__file__).resolve().parents[2]
+        self.qemu_bin = self.params.get("qemu_bin", default="qemu-system-x86_64")
+        self.firmware = self.params.get("firmware", default=None)
+        self.guest = self.params.get("guest", default=str(checkout / "target/guest/guestmemfd-guest"))
+        # Seconds that a guest may run.
+        self.limit = int(self.params.get("limit", default=300))
+        self.machine = None
+        lack = kvm_lacks()
+        if lack:
+            self.cancel(lack)
+
+    def tearDown(self):
+        if self.machine:
+            self.machine.close()
+
+    def check(self, condition, text):
+        """Fails, and says where to look, unless the condition holds."""
+        if not condition:
+            self.fail(f"{text} (serial.log, qmp.log and qemu.log are in {self.logdir})")
+
+    def start(self, *arguments, backend="", smp=1, append=None):
+        """Starts QEMU, paused. `append` is the conformance guest's command line; without it there is no guest."""
+        command = [self.qemu_bin, "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+        command += ["-accel", "kvm", "-cpu", "host", "-m", f"{SIZE // MIB}M", "-smp", str(smp)]
+        command += ["-object", f"memory-backend-guestmemfd,id=ram0,size={SIZE}{backend}"]
+        protection = "sw-protected-guest,id=cgs0"
+        if append is not None:
+            if not os.path.exists(self.guest):
+                self.cancel(f"no guest at {self.guest}: make it with 'cargo xtask guest', or name it with -p guest=FILE")
+            if strict_mode():
+                protection += f",shared-bit={SHARED_BIT}"
+                append += f" shared-bit={SHARED_BIT}"
+            command += ["-kernel", self.guest, "-append", append]
+            command += ["-fw_cfg", f"name=opt/guestmemfd/pattern,string={PATTERN}"]
+            command += ["-device", "isa-debug-exit,iobase=0x501,iosize=2"]
+            # After the guest's end QEMU stays, and can be asked.
+            command += ["-action", "shutdown=pause"]
+        command += ["-object", protection]
+        # The small guest is to have memory above 4 GiB.
+        machine = "q35,memory-backend=ram0,confidential-guest-support=cgs0,max-ram-below-4g=128M"
+        command += ["-machine", machine]
+        if self.firmware:
+            command += ["-L", self.firmware]
+        try:
+            self.machine = Machine(self.logdir, command + list(arguments))
+        except FileNotFoundError:
+            self.cancel(f"no QEMU at {self.qemu_bin}: name a patched one with -p qemu_bin=FILE")
+        except MachineError as error:
+            for name in ("memory-backend-guestmemfd", "sw-protected-guest"):
+                if f"invalid object type: {name}" in str(error):
+                    self.cancel(f"{self.qemu_bin} lacks the patches: it knows no {name}")
+            self.check(False, str(error))
+
+    def call(self, method, *arguments, **named):
+        """Calls a method of the machine; an error fails the test."""
+        try:
+            return getattr(self.machine, method)(*arguments, **named)
+        except MachineError as error:
+            return self.check(False, str(error))
+
+    def qmp(self, command, **arguments):
+        return self.call("qmp", command, **arguments)
+
+    def backends(self):
+        """What query-guestmemfd says, by id; the states of each must add up to its size."""
+        backends = {backend["id"]: backend for backend in self.qmp("query-guestmemfd")}
+        for name, backend in backends.items():
+            states = ("undecided", "shared", "private", "transition")
+            total = sum(backend[f"{state}-bytes"] for state in states)
+            self.check(total == backend["size"], f"the states of {name} add up to {total} bytes: {backend}")
+        return backends
+
+    def map_totals(self, name):
+        """Bytes in each state, from the runs of x-query-guestmemfd-map."""
+        totals, offset = {}, 0
+        while offset is not None:
+            part = self.qmp("x-query-guestmemfd-map", id=name, offset=offset)
+            for run in part["runs"]:
+                self.check(run["offset"] == offset, f"the map of {name} has a gap at {offset:#x}: {run}")
+                totals[run["state"]] = totals.get(run["state"], 0) + run["size"]
+                offset += run["size"]
+            offset = part.get("next")
+        return totals
+
+    def wait_serial(self, text, since=0):
+        """Waits until the guest has said this."""
+        deadline = time.monotonic() + self.limit
+        while text not in self.machine.serial()[since:]:
+            self.check(time.monotonic() < deadline, f"the guest did not say {text!r} within {self.limit} s")
+            time.sleep(0.1)
+
+    def run_guest(self, resets=0):
+        """Lets the guest run to its end, and checks what it says. SeaBIOS may reset the machine `resets` times."""
+        since = len(self.machine.serial())
+        self.qmp("cont")
+        for _ in range(resets + 1):
+            event = self.call("event", "SHUTDOWN", "STOP", "RESET", limit=self.limit)
+            if event["event"] != "RESET":
+                break
+        reason = event.get("data", {}).get("reason")
+        self.check(reason == "guest-shutdown", f"the guest did not end itself: {event['event']}, {reason}")
+        self.call("event", "STOP", limit=self.limit)
+        report = self.machine.serial()[since:]
+        # After a reset in between, what counts is what was said since.
+        self.check(tap_problem(report) is None, tap_problem(report))
+
+    def finish(self, expected=CONTENT):
+        """Ends QEMU, whose exit status tells whether the guest was content."""
+        status = self.call("quit")
+        self.check(status == expected, f"QEMU ended with status {status}, not {expected}")

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The tests in `tests/avocado`, run by Avocado: on this machine's own KVM where that serves, else
+//! in level 1, by the Python of its Debian userland.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde::Deserialize;
+
+use crate::context::Context;
+use crate::debian::{DEBIAN, ENTER};
+use crate::image::{self, PROGRAM};
+use crate::level1::{Lab, Parts, Task, memory_for, quote};
+use crate::process::{Job, command};
+use crate::progress::Step;
+use crate::python::{self, AVOCADO, PACKAGES};
+use crate::{boot, cache};
+
+use super::report::{Tally, Tap};
+use super::steps::{Bench, follow_tap, judge};
+
+/// How long all of it may take.
+const LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// Where the tests are, in the checkout.
+const TESTS: &str = "tests/avocado";
+
+/// The part of Avocado's results that TAP does not have.
+#[derive(Debug, Deserialize)]
+struct Results {
+    tests: Vec<TestResult>,
+}
+
+#[derive(Debug, Deserialize)]
+struct TestResult {
+    name: String,
+    status: String,
+    fail_reason: String,
+}
+
+impl TestResult {
+    fn failed(&self) -> bool {
+        !matches!(self.status.as_str(), "PASS" | "WARN" | "SKIP" | "CANCEL")
+    }
+}
+
+pub(super) fn test(bench: &Bench, step: &Step) -> Result<Tally> {
+    let ctx = bench.ctx;
+    let parts = bench.parts(step)?;
+    let folder = ctx.scratch().join("avocado");
+    cache::remove(&folder)?;
+    fs::create_dir_all(&folder)?;
+    let mut tap = Tap::default();
+    let outcome = match boot::own_kvm_serves(&parts.runner) {
+        true => on_this_machine(bench, step, &parts, &folder, &mut tap),
+        false => in_level_1(bench, step, parts, &folder, &mut tap),
+    };
+    explain(step, &folder);
+    let (success, ending) = outcome?;
+    Ok(judge(tap, success, &ending))
+}
+
+/// The words after `avocado`: what to run with, and where results go.
+fn words(
+    full: bool,
+    tests: &str,
+    qemu: &str,
+    firmware: &str,
+    guest: &str,
+    out: &str,
+) -> Vec<String> {
+    let mut words: Vec<String> = ["run", tests, "--disable-sysinfo", "--tap", "-"]
+        .map(str::to_owned)
+        .into();
+    // They count on having the machine for themselves: a guest with four vCPUs keeps it busy.
+    words.extend(["--max-parallel-tasks", "1"].map(str::to_owned));
+    for (name, value) in [("qemu_bin", qemu), ("firmware", firmware), ("guest", guest)] {
+        words.extend(["-p".to_owned(), format!("{name}={value}")]);
+    }
+    words.extend(["--job-results-dir".to_owned(), out.to_owned()]);
+    words.extend(["--json".to_owned(), format!("{out}/results.json")]);
+    if !full {
+        words.extend(
+            ["--filter-by-tags=-full", "--filter-by-tags-include-empty"].map(str::to_owned),
+        );
+    }
+    words
+}
+
+fn on_this_machine(
+    bench: &Bench,
+    step: &Step,
+    parts: &Parts,
+    folder: &Path,
+    tap: &mut Tap,
+) -> Result<(bool, String)> {
+    let ctx = bench.ctx;
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let tools = python::environment(ctx, step, AVOCADO)?;
+    let words = words(
+        bench.full,
+        &text(&ctx.root.join(TESTS)),
+        &text(&parts.qemu.program),
+        &text(&image::firmware(ctx)?),
+        &text(&parts.guest),
+        &text(folder),
+    );
+    step.say("running");
+    let outcome = Job::new("avocado", command(tools.join("avocado"), words))
+        .log(&ctx.log("avocado"))
+        .limit(LIMIT)
+        .follow(|line| follow_tap(tap, step, line))
+        .outcome()?;
+    Ok((outcome.success(), outcome.ending()))
+}
+
+fn in_level_1(
+    bench: &Bench,
+    step: &Step,
+    parts: Parts,
+    folder: &Path,
+    tap: &mut Tap,
+) -> Result<(bool, String)> {
+    let ctx = bench.ctx;
+    let packages = python::packages(ctx, step, AVOCADO)?;
+    let disk = DEBIAN.disk(ctx, step)?;
+    let lab = Lab::complete(ctx, step, parts)?;
+    copy_tests(ctx, &folder.join("tests"))?;
+    let words = words(
+        bench.full,
+        "/host/tests",
+        PROGRAM,
+        &format!("/level1{}", image::FIRMWARE_FOLDER),
+        "/run/lab/guest.elf",
+        "/host",
+    );
+    let task = Task {
+        name: "Avocado in the lab".to_owned(),
+        script: script(&words),
+        share: Some(folder.to_owned()),
+        memory: memory_for(0),
+        limit: Some(LIMIT),
+        disks: vec![disk],
+        programs: vec![packages],
+        log: Some("avocado".to_owned()),
+        ..Task::default()
+    };
+    step.say("running");
+    let status = lab.run(ctx, &task, |line| follow_tap(tap, step, line))?;
+    Ok((status == 0, format!("exit status {status}")))
+}
+
+/// Strict mode, so that guests convert by touching memory, and Avocado.
+fn script(words: &[String]) -> String {
+    format!(
+        "echo 0x100000000 > /sys/module/kvm/parameters/sw_protected_strict_from\n\
+         {ENTER} mkdir /tmp/python && {ENTER} tar -xf /run/lab/{PACKAGES} -C /tmp/python &&\n\
+         {ENTER} env PYTHONPATH=/tmp/python PYTHONWARNINGS=ignore python3 -m avocado {}\n",
+        quote(words)
+    )
+}
+
+fn copy_tests(ctx: &Context, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let from = ctx.root.join(TESTS);
+    for entry in fs::read_dir(&from).with_context(|| format!("cannot list {}", from.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "py") {
+            fs::copy(&path, to.join(cache::file_name(&path)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Says why tests failed, with the paths that their logs have on this machine.
+fn explain(step: &Step, folder: &Path) {
+    // Without results there is another error to show.
+    let Ok(text) = fs::read_to_string(folder.join("results.json")) else {
+        return;
+    };
+    match serde_json::from_str::<Results>(&text) {
+        Ok(results) => {
+            for test in results.tests.iter().filter(|test| test.failed()) {
+                step.note(reason(test, folder));
+            }
+        }
+        Err(error) => step.note(format_args!("Avocado's results cannot be read: {error}")),
+    }
+}
+
+fn reason(test: &TestResult, folder: &Path) -> String {
+    let here = test
+        .fail_reason
+        .replace("/host/", &format!("{}/", folder.display()));
+    format!("{}: {here}", test.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_a_test_failed_is_told_with_paths_of_this_machine() {
+        let text = r#"{"pass": 1, "tests": [
+            {"name": "a", "status": "PASS", "fail_reason": "<unknown>", "tags": {}},
+            {"name": "b", "status": "ERROR", "fail_reason": "see /host/job-1/b/qmp.log"},
+            {"name": "c", "status": "CANCEL", "fail_reason": "no KVM"}]}"#;
+        let results: Results = serde_json::from_str(text).expect("Avocado's format");
+        let failed: Vec<String> = results
+            .tests
+            .iter()
+            .filter(|test| test.failed())
+            .map(|test| reason(test, Path::new("/x/avocado")))
+            .collect();
+        assert_eq!(failed, ["b: see /x/avocado/job-1/b/qmp.log"]);
+    }
+
+    #[test]
+    fn long_tests_run_only_with_full() {
+        let filtered = |full| {
+            words(full, "t", "q", "f", "g", "o")
+                .iter()
+                .any(|word| word == "--filter-by-tags=-full")
+        };
+        assert!(filtered(false) && !filtered(true));
+    }
+}
