@@ -23,7 +23,7 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 5
+#define GUESTMEMFD_ABI 6
 
 /**
  * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
@@ -220,6 +220,10 @@ typedef struct guestmemfd_stats {
      */
     uint64_t waits;
     /**
+     * Accesses to private bytes that a guard has caught.
+     */
+    uint64_t stray_accesses;
+    /**
      * Bytes of all pins.
      */
     uint64_t pinned_bytes;
@@ -275,8 +279,30 @@ typedef struct guestmemfd_run {
 } guestmemfd_run;
 
 /**
+ * An access to private bytes that a guard has caught.
+ */
+typedef struct guestmemfd_stray {
+    /**
+     * The first byte of the pages.
+     */
+    uint64_t offset;
+    /**
+     * How many bytes they have.
+     */
+    uint64_t size;
+    /**
+     * Where the guest sees the first one; UINT64_MAX if it does not.
+     */
+    uint64_t gpa;
+    /**
+     * The kernel's id of the thread; 0 if it belongs to another process.
+     */
+    uint32_t thread;
+} guestmemfd_stray;
+
+/**
  * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
- * the thread that entered the library; every one but `gap` may be NULL. None may ask for a
+ * the thread that entered the library, but `stray`; every one but `gap` may be NULL. None may ask for a
  * conversion, a discard or a change of windows.
  *
  * begin and end bracket every conversion and discard. begin comes before any claim is taken, so it
@@ -286,7 +312,7 @@ typedef struct guestmemfd_run {
  */
 typedef struct guestmemfd_callbacks {
     /**
-     * Passed to all but populate, discard and failed.
+     * Passed to begin, end, prefault, gap, interrupted and log.
      */
     void *opaque;
     /**
@@ -324,6 +350,11 @@ typedef struct guestmemfd_callbacks {
                    uint64_t size,
                    bool to_private,
                    const char *message);
+    /**
+     * A guard has caught an access to private bytes. Called from a thread of the library's, while the
+     * thread that was caught waits.
+     */
+    void (*stray)(void *backend_opaque, const struct guestmemfd_stray *stray);
     /**
      * Should a thread that waits for a claim give up (-EINTR)?
      */
@@ -478,6 +509,19 @@ int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
 int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
                                  uint64_t offset,
                                  uint64_t size,
+                                 struct guestmemfd_error *error);
+
+/**
+ * Guards private bytes, until the backend is freed, against accesses that go around every check:
+ * guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
+ * file. -EOPNOTSUPP where nothing is private, with GUESTMEMFD_DISCARD_KEEP, and without userfaultfd.
+ *
+ * A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
+ * behind is found, within some seconds, and freed. Each first touch of a shared page costs some tens of
+ * microseconds.
+ */
+int32_t guestmemfd_backend_guard(struct guestmemfd_backend *backend,
+                                 void *host,
                                  struct guestmemfd_error *error);
 
 /**

@@ -7,6 +7,7 @@ use std::io;
 use crate::addr::{FilePages, GuestPages};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::guard::Stray;
 use crate::state::View;
 
 /// How grave a message is.
@@ -18,7 +19,7 @@ pub enum Level {
     Warning,
 }
 
-/// The user of a VM. All are called from the thread that entered the library; none may ask for a
+/// The user of a VM. All but `stray` are called from the thread that entered the library; none may ask for a
 /// conversion, a discard, an access to guest memory or a change of the layout.
 ///
 /// `begin` and `end` bracket every conversion and discard. `begin` comes before any claim is taken,
@@ -66,6 +67,12 @@ pub trait Listener: Send + Sync {
     /// called as often as it likes.
     fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, error: &Error) {
         let _ = (backend, guest, to, error);
+    }
+
+    /// A [guard](crate::guard) has caught somebody. Called from its thread, with no claim held; the
+    /// thread that was caught waits meanwhile.
+    fn stray(&self, backend: &Backend, stray: Stray) {
+        let _ = (backend, stray);
     }
 
     /// Something that a user should know and that no return value says.

@@ -35,6 +35,7 @@ pub(crate) struct Counters {
     pub(crate) hypercalls: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) waits: AtomicU64,
+    pub(crate) strays: AtomicU64,
     pub(crate) latencies: Latencies,
 }
 
@@ -114,6 +115,8 @@ pub struct BackendStats {
     pub refused: u64,
     /// Requests that waited for pages that the host used.
     pub waits: u64,
+    /// Accesses to private pages that a guard has caught.
+    pub strays: u64,
     /// Bytes that the host uses through pins; those that are pinned twice count twice.
     pub pinned: u64,
     /// Bytes whose hole is still to be punched.
@@ -148,6 +151,7 @@ impl Backend {
             hypercalls: get(&counters.hypercalls),
             refused: get(&counters.refused),
             waits: get(&counters.waits),
+            strays: get(&counters.strays),
             pinned: self.pins.bytes(),
             unpunched: self.unpunched_bytes(),
             latency_to_shared: counters.latencies.read(View::Shared),

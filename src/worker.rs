@@ -69,6 +69,17 @@ enum Wish {
     End,
 }
 
+/// Starts a thread without signals: those are the program's, and its own threads must get them.
+pub(crate) fn spawn(
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    let started = std::thread::Builder::new().name(name.into()).spawn(body);
+    mask.thread_set_mask()?;
+    started
+}
+
 impl Worker {
     /// Starts the thread if it does not run yet.
     pub(crate) fn start(&self, claims: Arc<Claims>, backends: Arc<Backends>) -> io::Result<()> {
@@ -77,12 +88,7 @@ impl Worker {
             return Ok(());
         }
         let signal = self.signal.clone();
-        // Signals are the program's: its threads must get them, not one that it does not know.
-        let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        let started = std::thread::Builder::new()
-            .name("guestmemfd".into())
-            .spawn(move || work(&signal, &claims, &backends));
-        mask.thread_set_mask()?;
+        let started = spawn("guestmemfd", move || work(&signal, &claims, &backends));
         *thread = Some(started?);
         Ok(())
     }

@@ -40,11 +40,13 @@ pub enum Scenario {
     Disk,
     /// Gives devices private memory.
     Device,
+    /// Gives KVM's clock private memory.
+    Clock,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -61,6 +63,7 @@ impl Scenario {
         Self::Reporting,
         Self::Disk,
         Self::Device,
+        Self::Clock,
     ];
 
     /// Does it convert memory? If not, ordinary guests can run it.
@@ -102,6 +105,7 @@ impl Scenario {
             Self::Reporting => "reporting",
             Self::Disk => "disk",
             Self::Device => "device",
+            Self::Clock => "clock",
         }
     }
 }
@@ -459,7 +463,7 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,dirty,balloon,reporting,disk,device,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,all"
         );
     }
 }

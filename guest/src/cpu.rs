@@ -119,6 +119,18 @@ pub(crate) fn read_msr(register: u32) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// Writes a model-specific register.
+///
+/// # Safety
+/// The register must not take away or change memory that Rust code relies upon.
+pub(crate) unsafe fn write_msr(register: u32, value: u64) {
+    let (low, high) = (value as u32, (value >> 32) as u32);
+    // SAFETY: the caller's promise; a register that does not exist ends in the handler of #GP.
+    unsafe {
+        asm!("wrmsr", in("ecx") register, in("eax") low, in("edx") high, options(nostack, preserves_flags));
+    }
+}
+
 /// The number of the CPU that runs this, from its task register. Valid once `interrupts::init` has
 /// run.
 pub(crate) fn index() -> usize {

@@ -40,6 +40,7 @@ pub struct Backend {
     pub faults_shared: u64,
     pub refused: u64,
     pub waits: u64,
+    pub stray_accesses: u64,
     pub pinned_bytes: u64,
     pub unpunched_bytes: u64,
     /// Without lazy attributes there is none.

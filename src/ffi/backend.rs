@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::error::guestmemfd_error;
 use super::types::*;
@@ -28,6 +30,7 @@ pub unsafe extern "C" fn guestmemfd_backend_new(
         let backend = guestmemfd_backend {
             vm: vm.vm.clone(),
             backend: vm.vm.create_backend(config)?,
+            guard: Mutex::default(),
         };
         out.set(Box::into_raw(Box::new(backend)));
         Ok(())
@@ -119,6 +122,7 @@ pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backen
     guard_value((), || {
         // SAFETY: guestmemfd_backend_new() made it; the caller gives it back.
         let backend = unsafe { Box::from_raw(backend) };
+        drop(backend.guard.lock().take());
         if let Err(error) = backend.vm.remove_backend(&backend.backend) {
             backend.vm.log_error(&error);
         }
@@ -214,6 +218,30 @@ pub unsafe extern "C" fn guestmemfd_backend_unpin(
     })
 }
 
+/// Guards private bytes, until the backend is freed, against accesses that go around every check:
+/// guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
+/// file. -EOPNOTSUPP where nothing is private, with GUESTMEMFD_DISCARD_KEEP, and without userfaultfd.
+///
+/// A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
+/// behind is found, within some seconds, and freed. Each first touch of a shared page costs some tens of
+/// microseconds.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_guard(
+    backend: *mut guestmemfd_backend,
+    host: *mut c_void,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    guard(error, || {
+        let backend = check_ref(backend, "backend")?;
+        let mut guard = backend.guard.lock();
+        if guard.is_some() {
+            return Err(Failure::Argument("the backend has a guard already".into()));
+        }
+        *guard = Some(backend.vm.guard(&backend.backend, host.addr())?);
+        Ok(())
+    })
+}
+
 /// Bytes per state and counters, without a scan.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_stats(
@@ -242,6 +270,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             faults_shared: stats.faults_shared,
             refused: stats.refused,
             waits: stats.waits,
+            stray_accesses: stats.strays,
             pinned_bytes: stats.pinned,
             unpunched_bytes: stats.unpunched,
             mode: mode_number(backend.mode()),

@@ -4,14 +4,16 @@ use std::ffi::CString;
 use std::io;
 use std::os::raw::{c_char, c_void};
 
+use super::types::guestmemfd_stray;
 use crate::addr::{FilePages, GuestPages};
 use crate::backend::Backend;
 use crate::error::Error;
+use crate::guard::Stray;
 use crate::listener::{Level, Listener};
 use crate::state::View;
 
 /// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
-/// the thread that entered the library; every one but `gap` may be NULL. None may ask for a
+/// the thread that entered the library, but `stray`; every one but `gap` may be NULL. None may ask for a
 /// conversion, a discard or a change of windows.
 ///
 /// begin and end bracket every conversion and discard. begin comes before any claim is taken, so it
@@ -21,7 +23,7 @@ use crate::state::View;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct guestmemfd_callbacks {
-    /// Passed to all but populate, discard and failed.
+    /// Passed to begin, end, prefault, gap, interrupted and log.
     pub opaque: *mut c_void,
     /// A request begins. Are populate and discard to be called in it?
     pub begin: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
@@ -51,6 +53,10 @@ pub struct guestmemfd_callbacks {
             message: *const c_char,
         ),
     >,
+    /// A guard has caught an access to private bytes. Called from a thread of the library's, while the
+    /// thread that was caught waits.
+    pub stray:
+        Option<unsafe extern "C" fn(backend_opaque: *mut c_void, stray: *const guestmemfd_stray)>,
     /// Should a thread that waits for a claim give up (-EINTR)?
     pub interrupted: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
     /// A line for the user; level 0 is an error, 1 a warning.
@@ -143,6 +149,19 @@ impl Listener for CListener {
         if let (Some(failed), Ok(message)) = (self.0.failed, CString::new(error.to_string())) {
             // SAFETY: see begin; the string lives until the function returns.
             unsafe { failed(opaque, gpa, size, to == View::Private, message.as_ptr()) }
+        }
+    }
+
+    fn stray(&self, backend: &Backend, stray: Stray) {
+        let seen = guestmemfd_stray {
+            offset: stray.pages.start_bytes(),
+            size: stray.pages.bytes(),
+            gpa: stray.gpa.unwrap_or(u64::MAX),
+            thread: stray.thread.unwrap_or(0),
+        };
+        if let Some(stray) = self.0.stray {
+            // SAFETY: see begin; the structure lives until the function returns.
+            unsafe { stray(opaque_of(backend), &raw const seen) }
         }
     }
 

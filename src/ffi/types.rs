@@ -3,14 +3,17 @@
 use std::os::raw::{c_char, c_void};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use crate::backend::{Backend, Discard};
 use crate::backing::Mode;
+use crate::guard::Guard;
 use crate::state::PageState;
 use crate::stats::LATENCY_BUCKETS;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 5;
+pub const GUESTMEMFD_ABI: u32 = 6;
 
 /// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
 /// cannot carry a guest_memfd.
@@ -27,6 +30,7 @@ pub struct guestmemfd_vm {
 pub struct guestmemfd_backend {
     pub(super) vm: Arc<Vm>,
     pub(super) backend: Arc<Backend>,
+    pub(super) guard: Mutex<Option<Guard>>,
 }
 
 /// How a backend keeps its pages: one of GUESTMEMFD_MODE_*.
@@ -87,6 +91,20 @@ pub struct guestmemfd_run {
     pub size: u64,
     /// Their state.
     pub state: guestmemfd_state,
+}
+
+/// An access to private bytes that a guard has caught.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct guestmemfd_stray {
+    /// The first byte of the pages.
+    pub offset: u64,
+    /// How many bytes they have.
+    pub size: u64,
+    /// Where the guest sees the first one; UINT64_MAX if it does not.
+    pub gpa: u64,
+    /// The kernel's id of the thread; 0 if it belongs to another process.
+    pub thread: u32,
 }
 
 /// What a backend is to be.
@@ -156,6 +174,8 @@ pub struct guestmemfd_stats {
     pub refused: u64,
     /// Requests that waited for pinned pages.
     pub waits: u64,
+    /// Accesses to private bytes that a guard has caught.
+    pub stray_accesses: u64,
     /// Bytes of all pins.
     pub pinned_bytes: u64,
     /// Bytes whose hole is still to be punched.

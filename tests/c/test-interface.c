@@ -33,7 +33,7 @@ static void check(bool ok, const char *what)
 
 /* What the callbacks saw. */
 static struct {
-    int begun, ended, populated, discarded, prefaulted, gaps, logged, failed;
+    int begun, ended, populated, discarded, prefaulted, gaps, logged, failed, strays;
     int populate_answer;
     int gap_answer;
     void *backend_opaque;
@@ -90,6 +90,13 @@ static void on_failed(void *backend_opaque, uint64_t gpa, uint64_t size, bool to
     seen.backend_opaque = backend_opaque;
 }
 
+static void on_stray(void *backend_opaque, const guestmemfd_stray *stray)
+{
+    __atomic_add_fetch(&seen.strays, backend_opaque == &seen && stray->offset == PAGE
+                       && stray->size == PAGE && stray->gpa == MIB + PAGE && stray->thread > 0,
+                       __ATOMIC_SEQ_CST);
+}
+
 static void on_log(void *opaque, uint32_t level, const char *message)
 {
     (void)opaque;
@@ -108,6 +115,7 @@ static const guestmemfd_callbacks callbacks = {
     .prefault = on_prefault,
     .gap = on_gap,
     .failed = on_failed,
+    .stray = on_stray,
     .log = on_log,
 };
 
@@ -554,6 +562,45 @@ static void test_map(void)
     guestmemfd_vm_free(vm);
 }
 
+/* It runs one thread at a time, also while that waits for another in a page fault. */
+static bool under_valgrind(void)
+{
+    const char *preload = getenv("LD_PRELOAD");
+
+    return preload && strstr(preload, "vgpreload");
+}
+
+static void test_guard(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend *backend = new_backend(vm, "ram");
+    int fd = guestmemfd_backend_shared_fd(backend);
+    guestmemfd_error error;
+    bool bound = false;
+    char *host;
+
+    host = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    guestmemfd_vm_add_window(vm, backend, MIB, 0, SIZE, 0, &bound, &error);
+    memset(&seen, 0, sizeof(seen));
+    check(guestmemfd_backend_guard(backend, NULL, &error) == -EOPNOTSUPP
+              && strstr(error.message, "userfaultfd")
+              && guestmemfd_backend_guard(NULL, host, &error) == -EINVAL,
+          "a guard needs a mapping");
+    check(!guestmemfd_backend_guard(backend, host, &error), "a guarded backend");
+    check(guestmemfd_backend_guard(backend, host, &error) == -EINVAL
+              && strstr(error.message, "already"), "is not guarded twice");
+    host[0] = 1;
+    check(!guestmemfd_vm_map_gpa_range(vm, MIB, 2, 0x10, &error)
+              && *(volatile char *)(host + PAGE) == 0, "a stray read sees zeros");
+    check(__atomic_load_n(&seen.strays, __ATOMIC_SEQ_CST) == 1
+              && stats_of(backend).stray_accesses == 1, "and is told of");
+
+    guestmemfd_vm_remove_window(vm, MIB, SIZE, &error);
+    guestmemfd_backend_free(backend);
+    munmap(host, SIZE);
+    guestmemfd_vm_free(vm);
+}
+
 int main(void)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -563,6 +610,9 @@ int main(void)
     test_threads();
     test_pins();
     test_map();
+    if (!under_valgrind()) {
+        test_guard();
+    }
     test_kvm();
     printf("1..%d\n", tests);
     return failures != 0;

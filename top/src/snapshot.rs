@@ -230,6 +230,7 @@ pub(crate) mod tests {
                 faults_shared: count,
                 refused: count,
                 waits: count,
+                stray_accesses: 0,
                 pinned_bytes: 0,
                 unpunched_bytes: 0,
                 lazy_chunk: None,

@@ -4,6 +4,7 @@
 mod bad;
 mod balloon;
 pub(crate) mod bench;
+mod clock;
 mod device;
 mod dirty;
 mod disk;
@@ -212,10 +213,14 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
         if matches!(scenario, Scenario::Large | Scenario::Sweep) && !last {
             continue;
         }
-        // There is one device.
+        // There is one device, or one CPU's clock is enough.
         let device = matches!(
             scenario,
-            Scenario::Balloon | Scenario::Reporting | Scenario::Disk | Scenario::Device
+            Scenario::Balloon
+                | Scenario::Reporting
+                | Scenario::Disk
+                | Scenario::Device
+                | Scenario::Clock
         );
         if device && (cpu, index) != (0, 0) {
             continue;
@@ -247,6 +252,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Reporting => balloon::report(&mut run),
             Scenario::Disk => disk::run(&mut run),
             Scenario::Device => device::run(&mut run),
+            Scenario::Clock => clock::run(&mut run),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

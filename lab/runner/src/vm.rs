@@ -83,6 +83,8 @@ pub(crate) enum Scenario {
     Disk,
     /// Gives devices private memory; needs a virtio-blk disk
     Device,
+    /// Has KVM write its clock to private memory
+    Clock,
 }
 
 impl Scenario {
@@ -105,6 +107,7 @@ impl Scenario {
             Self::Reporting => "reporting",
             Self::Disk => "disk",
             Self::Device => "device",
+            Self::Clock => "clock",
         }
     }
 
@@ -120,7 +123,13 @@ impl Scenario {
     pub(crate) fn uses_strict_mode(self) -> bool {
         !matches!(
             self,
-            Self::Idle | Self::Hypercall | Self::Bad | Self::Reset | Self::Sweep
+            Self::Idle
+                | Self::Hypercall
+                | Self::Bad
+                | Self::Reset
+                | Self::Sweep
+                | Self::Device
+                | Self::Clock
         )
     }
 }

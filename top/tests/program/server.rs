@@ -87,7 +87,7 @@ pub(crate) fn backend(id: &str, size: u64, private: u64, conversions: u64) -> Va
         "conversions-to-private": conversions, "conversions-to-shared": 0,
         "converted-to-private-bytes": size - private, "converted-to-shared-bytes": 0,
         "converted-along-bytes": 0, "hypercalls": 7, "faults-private": 0, "faults-shared": 0,
-        "refused": 1, "waits": 0, "pinned-bytes": 0, "unpunched-bytes": 0,
+        "refused": 1, "waits": 0, "stray-accesses": 0, "pinned-bytes": 0, "unpunched-bytes": 0,
         "lazy-chunk": 2097152, "latency-to-private": [0, 0, 5, 1], "latency-to-shared": [0, 0, 0, 0],
     })
 }

@@ -2,6 +2,7 @@
 //! `test`: every test that needs a QEMU, reported as TAP.
 
 mod freed;
+mod guard;
 mod guests;
 mod host;
 mod hostile;
@@ -146,6 +147,7 @@ fn all(options: &Options) -> Vec<Test> {
         top::tests(options.programs.top()),
         hostile::tests(),
         host::tests(),
+        guard::tests(),
         large::tests(),
         no_memory::tests(),
         library::tests(&options.programs),

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Accesses to private memory that go around all checks: found, told of, and without a trace.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
+use crate::guest;
+use crate::memory;
+use crate::probe::Need;
+use crate::qemu::Qemu;
+use crate::query::{self, Backend, QueryMap, State};
+use crate::strict::Strict;
+use crate::vm::{Scenario, Vm};
+
+/// How long a guard may take to find something.
+const FIND_LIMIT: Duration = Duration::from_secs(30);
+
+pub(super) fn tests() -> Vec<Test> {
+    let private = &[Need::PrivateMemory];
+    vec![
+        Test::new(
+            "guard/quiet",
+            &[Need::PrivateMemory, Need::StrictMode],
+            quiet,
+        ),
+        Test::new("guard/clock", private, clock),
+        Test::new("guard/clock-fatal", private, clock_fatal),
+        Test::new("guard/other-process", private, other_process),
+        Test::new("guard/refused", private, refused),
+    ]
+}
+
+/// Guests and QEMU use what they may, and are not caught.
+fn quiet(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = Vm::conformance(&context.files, Scenario::Storm, true, SIZE, 2);
+    let mut qemu = context.start(&guests::with_properties(vm, "guard=report"))?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        backend.stray_accesses == 0,
+        "somebody was caught: {backend:?}"
+    );
+    freed::files_match(&backend, qemu.pid())?;
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// KVM writes the guest's clock to a private page, in the vCPU's thread.
+fn clock(context: &Context) -> Result<()> {
+    let mut qemu = context.start(&clock_vm(context, "guard=report"))?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = wait_for_stray(&mut qemu)?;
+    given_back(&mut qemu)?;
+    let stderr = fs::read_to_string(context.log.join("qemu/stderr"))?;
+    ensure!(
+        stderr.contains("(CPU 0/KVM) has used private memory"),
+        "{} accesses were caught, and QEMU said: {stderr}",
+        backend.stray_accesses
+    );
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+fn clock_fatal(context: &Context) -> Result<()> {
+    let mut qemu = context.start(&clock_vm(context, "guard=fatal"))?;
+    qemu.qmp.run("cont", json!({}))?;
+    let ended = qemu.wait(GUEST_LIMIT)?;
+    ensure!(
+        ended.status.signal() == Some(libc::SIGABRT)
+            && ended.stderr.contains("has used private memory at offset"),
+        "QEMU ended with {}: {}",
+        ended.status,
+        ended.stderr
+    );
+    Ok(())
+}
+
+fn clock_vm(context: &Context, properties: &str) -> Vm {
+    let vm = Vm::conformance(&context.files, Scenario::Clock, false, SIZE, 1);
+    guests::with_properties(vm, properties)
+}
+
+/// This process writes to a private page through the file.
+fn other_process(context: &Context) -> Result<()> {
+    let vm = Vm::conformance(&context.files, Scenario::Hypercall, false, SIZE, 1);
+    let mut qemu = context.start(&guests::with_properties(vm, "guard=report"))?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let map = qemu.qmp.execute(&QueryMap {
+        id: "ram0",
+        offset: 0,
+        max_runs: 65536,
+    })?;
+    let private = map.runs.iter().find(|run| run.state == State::Private);
+    let private = private.context("nothing is private")?;
+    memfd(qemu.pid())?.write_all_at(&[1], private.offset)?;
+
+    let event = qemu
+        .qmp
+        .wait_event(&["GUESTMEMFD_PRIVATE_ACCESS"], FIND_LIMIT)?;
+    let expected = json!({"id": "ram0", "offset": private.offset, "size": 4096, "refused": false});
+    let mut data = event.data;
+    let gpa = data.as_object_mut().and_then(|data| data.remove("gpa"));
+    ensure!(
+        data == expected && gpa.is_some(),
+        "{data} instead of {expected}, gpa {gpa:?}"
+    );
+    let backend = wait_for_stray(&mut qemu)?;
+    ensure!(backend.stray_accesses == 1, "found twice: {backend:?}");
+    given_back(&mut qemu)?;
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// The shared file of a QEMU that has one.
+fn memfd(pid: u32) -> Result<fs::File> {
+    for fd in memory::open_fds(pid)? {
+        let path = format!("/proc/{pid}/fd/{fd}");
+        if fs::read_link(&path).is_ok_and(|to| to.starts_with("/memfd:guestmemfd-shared (deleted)"))
+        {
+            return Ok(OpenOptions::new().read(true).write(true).open(path)?);
+        }
+    }
+    bail!("QEMU has no memfd for shared memory")
+}
+
+fn wait_for_stray(qemu: &mut Qemu) -> Result<Backend> {
+    wait(qemu, |backend| backend.stray_accesses > 0).context("nobody was caught")
+}
+
+/// Nothing is left of stray accesses.
+fn given_back(qemu: &mut Qemu) -> Result<()> {
+    let pid = qemu.pid();
+    let backend = wait(qemu, |backend| freed::files_match(backend, pid).is_ok())?;
+    freed::files_match(&backend, pid)
+}
+
+fn wait(qemu: &mut Qemu, holds: impl Fn(&Backend) -> bool) -> Result<Backend> {
+    let deadline = Instant::now() + FIND_LIMIT;
+    loop {
+        let backend = query::backend(&mut qemu.qmp)?;
+        if holds(&backend) {
+            return Ok(backend);
+        }
+        ensure!(Instant::now() < deadline, "{backend:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn refused(context: &Context) -> Result<()> {
+    for (properties, words) in [
+        (
+            "guard=report,discard=keep",
+            ["guard=report", "discard=keep"],
+        ),
+        ("guard=sometimes", ["guard", "sometimes"]),
+    ] {
+        let vm = guests::with_properties(Vm::protected(SIZE), properties);
+        let stderr = context.start_refused(&vm)?.stderr;
+        ensure!(
+            words.iter().all(|word| stderr.contains(word)),
+            "{properties} is refused with: {stderr}"
+        );
+    }
+    Ok(())
+}

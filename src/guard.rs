@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Guards: threads that catch accesses to private pages which go around every check.
+//!
+//! A private page is a hole of the shared file. When a thread of this program touches the host's
+//! mapping there, userfaultfd stops it; it is told of, it goes on with a page of zeros, and that page is
+//! given back some time later. What other processes do with the file cannot be stopped, but it leaves
+//! data where a hole should be, which the guard looks for.
+//!
+//! The price: each first touch of a shared page, the guest's too, is a fault that the guard serves.
+//! It takes no lock for that but those of lookups, and waits for no claim: a conversion that holds
+//! one may be waiting for the guard, in a listener that touches the memory.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use crate::addr::FilePages;
+use crate::backend::{Backend, Discard};
+use crate::backing::Mode;
+use crate::error::{Error, Result};
+use crate::listener::Level;
+use crate::state::{PageState, View};
+use crate::userfault::{Fault, Userfault};
+use crate::vm::Vm;
+use crate::worker;
+
+/// How long a thread has to make the access that it was caught in, before the page is given back.
+const GIVE_BACK: Duration = Duration::from_millis(100);
+
+/// How often the guard looks for what other processes have left.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Runs of states that are looked at at once.
+const RUNS: usize = 1024;
+
+/// An access to private pages that went around every check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stray {
+    /// What was accessed. Of another process only the pages are known that it has left data in.
+    pub pages: FilePages,
+    /// Where the guest sees the first of them, if it does.
+    pub gpa: Option<u64>,
+    /// The kernel's id of the thread, which waits until the listener returns; `None` for another
+    /// process.
+    pub thread: Option<u32>,
+}
+
+/// A running guard; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Guard {
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vm {
+    /// Guards the private pages of a backend, whose shared file the host maps at `address`. The
+    /// listener hears of [`Stray`] accesses from a thread of the guard's.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where nothing is private, where pages keep their data when they become
+    /// private ([`Discard::Keep`]), and where userfaultfd is not to be had.
+    pub fn guard(self: &Arc<Self>, backend: &Arc<Backend>, address: usize) -> Result<Guard> {
+        let refused = |found: String| Error::Unsupported {
+            wanted: format!("a guard for backend '{}'", backend.config().name),
+            found,
+        };
+        if backend.mode() == Mode::Mapped {
+            return Err(refused(
+                "the host maps all memory of this guest, nothing is private".into(),
+            ));
+        }
+        if backend.config().discard == Discard::Keep {
+            return Err(refused(
+                "discard=keep leaves data where pages were; use now or coalesced".into(),
+            ));
+        }
+        let faults = Userfault::new(address, backend.config().size).map_err(|error| {
+            refused(format!(
+                "userfaultfd: {error}; it takes a kernel with CONFIG_USERFAULTFD, and CAP_SYS_PTRACE, access \
+                 to /dev/userfaultfd or vm.unprivileged_userfaultfd=1"
+            ))
+        })?;
+        let failed = |source| Error::Worker { source };
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let stop = Arc::new(stop);
+        let watch = Watch {
+            vm: self.clone(),
+            backend: backend.clone(),
+            faults,
+            stop: stop.clone(),
+            suspects: Vec::new(),
+            swept: Instant::now(),
+        };
+        let thread = worker::spawn("guestmemfd-guard", move || watch.run()).map_err(failed)?;
+        Ok(Guard {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // An eventfd that nobody else writes to has room for this.
+            let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+            // It has panicked, or not: there is nothing left to do.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the guard's thread has.
+struct Watch {
+    vm: Arc<Vm>,
+    backend: Arc<Backend>,
+    faults: Userfault,
+    stop: Arc<OwnedFd>,
+    /// Pages that were filled although they were not the host's, and when.
+    suspects: Vec<(Instant, FilePages)>,
+    swept: Instant,
+}
+
+impl Watch {
+    fn run(mut self) {
+        loop {
+            match self.wait() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => return self.give_up(&error),
+            }
+            loop {
+                match self.faults.next() {
+                    Ok(Some(fault)) => self.serve(fault),
+                    Ok(None) => break,
+                    Err(error) => return self.give_up(&error),
+                }
+            }
+            self.give_back();
+            if self.swept.elapsed() >= SWEEP && self.suspects.is_empty() {
+                self.sweep();
+                self.swept = Instant::now();
+            }
+        }
+    }
+
+    /// Waits for something to do; false if that is to end.
+    fn wait(&self) -> io::Result<bool> {
+        let timeout = match self.suspects.is_empty() {
+            true => SWEEP,
+            false => GIVE_BACK,
+        };
+        let mut waited = [
+            PollFd::new(&self.faults, PollFlags::IN),
+            PollFd::new(&*self.stop, PollFlags::IN),
+        ];
+        let timeout = timeout.try_into().map_err(|_| rustix::io::Errno::INVAL)?;
+        match poll(&mut waited, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(waited[1].revents().is_empty()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Without a guard, nobody is stopped any more: the kernel takes faults back with the descriptor.
+    fn give_up(&self, error: &io::Error) {
+        let name = &self.backend.config().name;
+        let message = format!("the guard of backend '{name}' has ended: {error}");
+        self.vm.listener.log(Level::Error, &message);
+    }
+
+    fn state(&self, page: u64) -> PageState {
+        self.backend.states.lock().get(page)
+    }
+
+    fn serve(&mut self, fault: Fault) {
+        let Ok(page) = self.backend.pages_covering(fault.offset, 1) else {
+            return;
+        };
+        if self.state(page.start()) == PageState::Private {
+            self.tell(page, Some(fault.thread));
+        }
+        if let Err(error) = self.faults.fill(fault.offset) {
+            let name = &self.backend.config().name;
+            let message = format!("cannot fill {page} of backend '{name}': {error}");
+            self.vm.listener.log(Level::Error, &message);
+        }
+        // It may have become private since the look at its state.
+        if !self.state(page.start()).host_may_use() {
+            self.suspects.push((Instant::now(), page));
+        }
+    }
+
+    fn tell(&self, pages: FilePages, thread: Option<u32>) {
+        let places = self.vm.windows.read().places(self.backend.id(), pages);
+        let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
+        self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
+        self.vm
+            .listener
+            .stray(&self.backend, Stray { pages, gpa, thread });
+    }
+
+    /// Frees what was filled in private pages, once its thread has had its time.
+    fn give_back(&mut self) {
+        let suspects = std::mem::take(&mut self.suspects);
+        for (since, page) in suspects {
+            if since.elapsed() < GIVE_BACK || !self.punch_if_private(page) {
+                self.suspects.push((since, page));
+            }
+        }
+    }
+
+    /// False if a conversion has claimed the page, or if the kernel refuses.
+    fn punch_if_private(&self, page: FilePages) -> bool {
+        let wanted = [(self.backend.id(), page)];
+        let Ok(_claim) = self.vm.claims.claim(&wanted, || true) else {
+            return false;
+        };
+        self.state(page.start()) != PageState::Private
+            || self.backend.punch(page, View::Shared).is_ok()
+    }
+
+    /// Looks for data in all private pages.
+    fn sweep(&self) {
+        let mut rest = Some(self.backend.pages());
+        while let Some(pages) = rest {
+            let map = self.backend.state_map(pages, RUNS);
+            let private = map.runs.iter().filter(|(_, s)| *s == PageState::Private);
+            for (run, _) in private {
+                // A file that cannot be asked is asked again the next time.
+                let data = self.backend.data_within(*run, View::Shared);
+                for pages in data.unwrap_or_default() {
+                    self.free_if_strange(pages);
+                }
+            }
+            rest = map.rest;
+        }
+    }
+
+    /// Frees data in private pages that no conversion is to free. The next sweep sees what is in the
+    /// way of this one.
+    fn free_if_strange(&self, pages: FilePages) {
+        let wanted = [(self.backend.id(), pages)];
+        let Ok(claim) = self.vm.claims.claim(&wanted, || true) else {
+            return;
+        };
+        let owed = self.backend.first_unpunched(pages, View::Shared);
+        if owed.is_some()
+            || !self
+                .backend
+                .all_in(pages, |state| state == PageState::Private)
+        {
+            return;
+        }
+        let data = self.backend.data_within(pages, View::Shared);
+        let mut strange = data.unwrap_or_default();
+        strange.retain(|pages| self.backend.punch(*pages, View::Shared).is_ok());
+        drop(claim);
+        for pages in strange {
+            self.tell(pages, None);
+        }
+    }
+}

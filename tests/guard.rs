@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Accesses to private pages that go around every check, caught by a guard. The files are real memfds
+//! with real mappings; only the hypervisor is the software owner.
+
+#![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use guestmemfd::listener::Level;
+use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::*;
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+
+const PAGES: u64 = 64;
+const GPA: u64 = 1 << 32;
+
+/// How long something may take that takes a second.
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+struct Caught(Mutex<Vec<Stray>>);
+
+struct Handle(Arc<Caught>);
+
+impl Listener for Handle {
+    fn stray(&self, backend: &Backend, stray: Stray) {
+        assert_eq!(backend.config().name, "ram");
+        self.0.0.lock().push(stray);
+    }
+
+    fn gap(&self, _: GuestPages, _: View) -> io::Result<()> {
+        Err(Errno::INVAL.into())
+    }
+
+    fn log(&self, _: Level, message: &str) {
+        panic!("{message}");
+    }
+}
+
+struct Machine {
+    vm: Arc<Vm>,
+    backend: Arc<Backend>,
+    caught: Arc<Caught>,
+    host: MmapRegion,
+}
+
+/// The host's mapping of a backend's shared file.
+fn map(backend: &Backend) -> MmapRegion {
+    let file = backend
+        .backing()
+        .file(View::Shared)
+        .fd()
+        .try_clone_to_owned();
+    let file = FileOffset::new(file.unwrap().into(), 0);
+    MmapRegion::from_file(file, backend.config().size as usize).unwrap()
+}
+
+impl Machine {
+    fn new(discard: Discard) -> Self {
+        let caught = Arc::new(Caught::default());
+        let owner = Arc::new(SoftwareOwner::default());
+        let vm = Arc::new(Vm::new(owner, Box::new(Handle(caught.clone()))));
+        let config = BackendConfig {
+            discard,
+            ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
+        };
+        let backend = vm.create_backend(config).unwrap();
+        let all = GuestPages::from_bytes(GPA, PAGES * PAGE_SIZE).unwrap();
+        vm.add_window(&backend, all, 0, true).unwrap();
+        let host = map(&backend);
+        Self {
+            vm,
+            backend,
+            caught,
+            host,
+        }
+    }
+
+    fn guard(&self) -> Guard {
+        let address = self.host.as_ptr().addr();
+        self.vm.guard(&self.backend, address).unwrap()
+    }
+
+    fn convert(&self, page: u64, pages: u64, to: View) {
+        let guest = GuestPages::from_bytes(GPA + page * PAGE_SIZE, pages * PAGE_SIZE);
+        self.vm.convert(guest.unwrap(), to).unwrap();
+    }
+
+    fn read(&self, page: u64) -> u8 {
+        let at = (page * PAGE_SIZE) as usize;
+        let byte = self.host.get_ref::<u8>(at);
+        byte.unwrap().load()
+    }
+
+    fn write(&self, page: u64, byte: u8) {
+        let at = (page * PAGE_SIZE) as usize;
+        self.host.get_ref::<u8>(at).unwrap().store(byte);
+    }
+
+    fn allocated(&self) -> u64 {
+        self.backend.stats().shared_allocated / PAGE_SIZE
+    }
+
+    /// Waits until something holds.
+    fn wait(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !holds(self) {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn page(page: u64) -> FilePages {
+    FilePages::new(page, page + 1).unwrap()
+}
+
+#[test]
+fn a_stray_access_is_told_with_its_thread_and_leaves_nothing() {
+    let machine = Machine::new(Discard::Now);
+    let _guard = machine.guard();
+    machine.write(3, 7);
+    machine.convert(3, 2, View::Private);
+    assert_eq!(machine.allocated(), 0);
+
+    assert_eq!(machine.read(4), 0, "a stray access reads zeros");
+    let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+    let stray = Stray {
+        pages: page(4),
+        gpa: Some(GPA + 4 * PAGE_SIZE),
+        thread: Some(thread),
+    };
+    assert_eq!(*machine.caught.0.lock(), [stray]);
+    machine.wait("the page is given back", |m| m.allocated() == 0);
+
+    machine.write(3, 9);
+    assert_eq!(machine.caught.0.lock().len(), 2);
+    assert_eq!(machine.backend.stats().strays, 2);
+    machine.wait("the page is given back", |m| m.allocated() == 0);
+    machine.convert(3, 2, View::Shared);
+    assert_eq!(machine.read(3), 0, "what was written has not stayed");
+}
+
+#[test]
+fn what_the_host_may_use_is_served_in_silence() {
+    let machine = Machine::new(Discard::Now);
+    let guard = machine.guard();
+    for page in 0..PAGES {
+        assert_eq!(machine.read(page), 0);
+        machine.write(page, 1 + page as u8);
+    }
+    machine.convert(0, PAGES / 2, View::Private);
+    machine.convert(0, PAGES / 2, View::Shared);
+    for page in 0..PAGES {
+        let expected = if page < PAGES / 2 { 0 } else { 1 + page as u8 };
+        assert_eq!(machine.read(page), expected);
+    }
+    assert!(machine.caught.0.lock().is_empty());
+    drop(guard);
+    machine.convert(0, 1, View::Private);
+    assert_eq!(machine.read(0), 0, "nobody guards any more");
+    assert!(machine.caught.0.lock().is_empty());
+}
+
+#[test]
+fn what_another_mapping_leaves_is_found_and_freed() {
+    for discard in [Discard::Now, Discard::Coalesced] {
+        let machine = Machine::new(discard);
+        let _guard = machine.guard();
+        machine.convert(0, PAGES, View::Private);
+        machine.vm.drain().unwrap();
+        // As far as the kernel is concerned, it might be another process.
+        let other = map(&machine.backend);
+        let at = (5 * PAGE_SIZE) as usize;
+        other.get_ref::<u8>(at).unwrap().store(1_u8);
+        machine.wait("it is found", |m| !m.caught.0.lock().is_empty());
+        let stray = Stray {
+            pages: page(5),
+            gpa: Some(GPA + 5 * PAGE_SIZE),
+            thread: None,
+        };
+        assert_eq!(*machine.caught.0.lock(), [stray]);
+        assert_eq!(machine.allocated(), 0);
+    }
+}
+
+/// Threads touch what they may while others convert it; whoever loses the race is a stray, and nothing
+/// that is private keeps what it left.
+#[test]
+fn conversions_and_touches_race_without_a_trace() {
+    let machine = Machine::new(Discard::Now);
+    let guard = machine.guard();
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let (machine, end) = (&machine, &end);
+            scope.spawn(move || {
+                while !end.load(Ordering::SeqCst) {
+                    for page in (thread..PAGES).step_by(2) {
+                        machine.read(page);
+                        machine.write(page, 1);
+                    }
+                }
+            });
+        }
+        for round in 0..200 {
+            let (page, pages) = (round * 7 % (PAGES - 8), 1 + round % 8);
+            machine.convert(page, pages, View::Private);
+            machine.convert(page, pages, View::Shared);
+        }
+        end.store(true, Ordering::SeqCst);
+    });
+    machine.convert(0, PAGES, View::Private);
+    machine.wait("all has been given back", |m| m.allocated() == 0);
+    drop(guard);
+}
+
+#[test]
+fn a_guard_that_could_not_do_its_work_is_refused() {
+    let keep = Machine::new(Discard::Keep);
+    let address = keep.host.as_ptr().addr();
+    let error = keep.vm.guard(&keep.backend, address).unwrap_err();
+    assert!(error.to_string().contains("discard=keep"), "{error}");
+
+    let machine = Machine::new(Discard::Now);
+    let error = machine.vm.guard(&machine.backend, 1 << 20).unwrap_err();
+    assert!(error.to_string().contains("userfaultfd"), "{error}");
+    let error = machine.vm.guard(&machine.backend, address + 1).unwrap_err();
+    assert!(error.to_string().contains("userfaultfd"), "{error}");
+}
