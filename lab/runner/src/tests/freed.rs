@@ -62,14 +62,20 @@ fn run(context: &Context, scenario: Scenario) -> Result<()> {
 
 /// Has neither file more than the pages that are in its view? Only where the backend frees.
 pub(super) fn files_match(backend: &Backend, pid: u32) -> Result<()> {
+    all_files_match(std::slice::from_ref(backend), pid)
+}
+
+/// The same for all backends of a QEMU together.
+pub(super) fn all_files_match(backends: &[Backend], pid: u32) -> Result<()> {
+    let sum = |of: fn(&Backend) -> u64| backends.iter().map(of).sum::<u64>();
+    let (shared_allocated, private) = (sum(|b| b.shared_allocated), sum(|b| b.private_bytes));
     let files = memory::backings(pid)?;
     let memfd = memory::allocated(&files, Kind::Memfd).context("memfd not counted")?;
     ensure!(
-        backend.shared_allocated == memfd,
-        "query-guestmemfd says {} bytes of the memfd are allocated, the kernel {memfd}",
-        backend.shared_allocated
+        shared_allocated == memfd,
+        "query-guestmemfd says {shared_allocated} bytes of memfds are allocated, the kernel {memfd}"
     );
-    let not_private = backend.size - backend.private_bytes;
+    let not_private = sum(|b| b.size) - private;
     ensure!(
         memfd <= not_private,
         "the memfd has {memfd} bytes but only {not_private} are not private"
@@ -77,9 +83,8 @@ pub(super) fn files_match(backend: &Backend, pid: u32) -> Result<()> {
     // Where the kernel does not count there is nothing to compare.
     if let Some(gmem) = memory::allocated(&files, Kind::GuestMemfd) {
         ensure!(
-            gmem <= backend.private_bytes,
-            "guest_memfd has {gmem} bytes, of which only {} can be private pages",
-            backend.private_bytes
+            gmem <= private,
+            "guest_memfd has {gmem} bytes, of which only {private} can be private pages"
         );
     }
     Ok(())

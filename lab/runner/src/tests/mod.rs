@@ -18,6 +18,7 @@ mod object_qmp;
 mod query;
 mod reset;
 mod robust;
+mod several;
 mod storm;
 mod top;
 
@@ -143,6 +144,7 @@ fn all(options: &Options) -> Vec<Test> {
         freed::tests(),
         robust::tests(),
         reset::tests(),
+        several::tests(),
         storm::tests(),
         top::tests(options.programs.top()),
         hostile::tests(),

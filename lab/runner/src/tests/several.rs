@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Guests whose memory lies on several backends, some of which come and go.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
+use crate::guest;
+use crate::probe::Need;
+use crate::qemu::{EXIT_LIMIT, Qemu};
+use crate::query::{self, Backend};
+use crate::strict::Strict;
+use crate::vm::{BACKEND, Scenario, Vm};
+
+/// Where a DIMM lies, and its size.
+const AT: u64 = 8 << 30;
+const DIMM: u64 = 64 << 20;
+
+/// Bytes of the first NUMA node: it ends inside the test memory of the guest's first CPU, so that
+/// requests span both nodes.
+const FIRST_NODE: u64 = 36 << 20;
+
+/// Registers of ACPI memory hotplug on q35: the slot, and what to do with it. The conformance guest
+/// has no ACPI, so the monitor writes what it would.
+const SLOT: u16 = 0xa00;
+const CONTROL: u16 = 0xa14;
+const EJECT: u8 = 1 << 3;
+
+pub(super) fn tests() -> Vec<Test> {
+    let strict = &[Need::PrivateMemory, Need::StrictMode];
+    vec![
+        Test::new("several/numa-nodes", strict, numa),
+        Test::new("several/dimm", strict, dimm),
+        Test::new("several/dimms-come-and-go", strict, come_and_go),
+    ]
+}
+
+/// Two nodes on two backends, and requests across them.
+fn numa(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let second = SIZE.0 - FIRST_NODE;
+    let mut vm = Vm::conformance(&context.files, Scenario::Storm, true, SIZE, 2);
+    vm.backend = None;
+    for (id, size) in [("ram0", FIRST_NODE), ("ram1", second)] {
+        vm = vm.with_arguments(&format!(
+            "-object {BACKEND},id={id},size={size} -numa node,memdev={id}"
+        ));
+    }
+    let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backends = query::backends(&mut qemu.qmp)?;
+    both_used(&backends, &qemu)?;
+    // One request counts where it begins; what it converts counts where it lies.
+    ensure!(
+        backends.iter().all(|b| b.hypercalls > 0),
+        "all requests begin in one node: {backends:?}"
+    );
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// A DIMM that the guest converts like the rest of its memory.
+fn dimm(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = hotplug_vm(context).with_words(&format!("dimm={AT:#x}+{DIMM}"));
+    let mut qemu = context.start(&vm)?;
+    plug(&mut qemu)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backends = query::backends(&mut qemu.qmp)?;
+    both_used(&backends, &qemu)?;
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// DIMMs are added and removed while the guest converts other memory.
+fn come_and_go(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let mut qemu = context.start(&hotplug_vm(context))?;
+    qemu.qmp.run("cont", json!({}))?;
+    let mut rounds = 0;
+    while guest::status(&mut qemu)? == "running" {
+        plug(&mut qemu)?;
+        unplug(&mut qemu)?;
+        rounds += 1;
+    }
+    println!("# {rounds} DIMMs");
+    ensure!(rounds > 1, "the guest ended before a DIMM was gone");
+    let backend = query::backend(&mut qemu.qmp)?;
+    guests::settled(&backend)?;
+    freed::files_match(&backend, qemu.pid())?;
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// A storm in a machine that takes DIMMs.
+fn hotplug_vm(context: &Context) -> Vm {
+    Vm::conformance(&context.files, Scenario::Storm, true, SIZE, 2)
+        .with_arguments("-m 256M,slots=2,maxmem=16G")
+}
+
+fn plug(qemu: &mut Qemu) -> Result<()> {
+    let object = json!({"qom-type": BACKEND, "id": "extra", "size": DIMM});
+    qemu.qmp.run("object-add", object)?;
+    let device = json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "extra", "addr": AT});
+    qemu.qmp.run("device_add", device)?;
+    Ok(())
+}
+
+fn unplug(qemu: &mut Qemu) -> Result<()> {
+    qemu.qmp.run("device_del", json!({"id": "dimm0"}))?;
+    for line in [
+        format!("o/w {SLOT:#x} 0"),
+        format!("o/b {CONTROL:#x} {EJECT:#x}"),
+    ] {
+        let arguments = json!({"command-line": line});
+        let answer = qemu.qmp.run("human-monitor-command", arguments)?;
+        ensure!(answer == "", "{line}: {answer}");
+    }
+    qemu.qmp.wait_event(&["DEVICE_DELETED"], EXIT_LIMIT)?;
+    qemu.qmp.run("object-del", json!({"id": "extra"}))?;
+    Ok(())
+}
+
+/// Have pages of both backends been converted both ways, and is the host's memory what their states
+/// say?
+fn both_used(backends: &[Backend], qemu: &Qemu) -> Result<()> {
+    println!("# {backends:?}");
+    ensure!(backends.len() == 2, "two backends expected: {backends:?}");
+    for backend in backends {
+        guests::settled(backend)?;
+        ensure!(
+            backend.converted_to_private_bytes > 0 && backend.converted_to_shared_bytes > 0,
+            "nothing was converted in {}: {backends:?}",
+            backend.id
+        );
+    }
+    freed::all_files_match(backends, qemu.pid()).context("both backends together")
+}
