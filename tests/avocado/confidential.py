@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import tap
 from avocado import Test
 from machine import Machine, MachineError
 
@@ -50,22 +51,6 @@ def strict_mode():
         return int(STRICT_FROM.read_text(encoding="ascii"), 0) == STRICT_AT
     except (OSError, ValueError):
         return False
-
-
-def tap_problem(text):
-    """What is wrong with a guest's report; None if all of it is ok."""
-    lines = text.splitlines()
-    plans = [line for line in lines if line.startswith("1..")]
-    if not plans:
-        last = lines[-1] if lines else "nothing"
-        return f"the guest's report is incomplete; the last it said: {last}"
-    bad = [line for line in lines if line.startswith(("not ok", "Bail out!"))]
-    if bad:
-        return f"the guest says: {bad[0]}"
-    good = sum(line.startswith("ok") for line in lines)
-    if plans[-1] != f"1..{good}" or good == 0:
-        return f"the guest reports {good} results but its plan is {plans[-1]}"
-    return None
 
 
 class ConfidentialTest(Test):
@@ -123,7 +108,7 @@ class ConfidentialTest(Test):
             self.cancel(f"no QEMU at {self.qemu_bin}: name a patched one with -p qemu_bin=FILE")
         except MachineError as error:
             for name in ("memory-backend-guestmemfd", "sw-protected-guest"):
-                if f"invalid object type: {name}" in str(error):
+                if f"does not accept value '{name}'" in str(error):
                     self.cancel(f"{self.qemu_bin} lacks the patches: it knows no {name}")
             self.check(False, str(error))
 
@@ -178,7 +163,7 @@ class ConfidentialTest(Test):
         self.call("event", "STOP", limit=self.limit)
         report = self.machine.serial()[since:]
         # After a reset in between, what counts is what was said since.
-        self.check(tap_problem(report) is None, tap_problem(report))
+        self.check(tap.problem(report) is None, tap.problem(report))
 
     def finish(self, expected=CONTENT):
         """Ends QEMU, whose exit status tells whether the guest was content."""

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The tests in `tests/avocado`, run by Avocado: on this machine's own KVM where that serves, else
-//! in level 1, by the Python of its Debian userland.
+//! Tests run by Avocado, in level 1 by the Python of its Debian userland: those of `tests/avocado`, which
+//! run on this machine's own KVM where that serves, and those of libvirt.
 
 use std::fs;
 use std::path::Path;
@@ -24,8 +24,30 @@ use super::steps::{Bench, follow_tap, judge};
 /// How long all of it may take.
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// Where the tests are, in the checkout.
-const TESTS: &str = "tests/avocado";
+/// A folder of tests.
+#[derive(Debug)]
+struct Suite {
+    name: &'static str,
+    folder: &'static str,
+    /// What level 1 does before them.
+    prepare: &'static str,
+}
+
+const CONFIDENTIAL: Suite = Suite {
+    name: "avocado",
+    folder: "tests/avocado",
+    // Strict mode: guests convert by touching memory as well.
+    prepare: "echo 0x100000000 > /sys/module/kvm/parameters/sw_protected_strict_from",
+};
+
+const LIBVIRT: Suite = Suite {
+    name: "libvirt",
+    folder: "tests/libvirt",
+    prepare: "in-debian sh /host/tests/libvirt/prepare /run/lab/guest.elf",
+};
+
+/// Folders of the checkout that level 1 sees.
+const SHARED: [&str; 3] = ["tests/avocado", "tests/libvirt", "docs/libvirt"];
 
 /// The part of Avocado's results that TAP does not have.
 #[derive(Debug, Deserialize)]
@@ -46,17 +68,39 @@ impl TestResult {
     }
 }
 
-pub(super) fn test(bench: &Bench, step: &Step) -> Result<Tally> {
-    let ctx = bench.ctx;
+/// Confidential guests.
+pub(super) fn confidential(bench: &Bench, step: &Step) -> Result<Tally> {
     let parts = bench.parts(step)?;
-    let folder = ctx.scratch().join("avocado");
+    run(
+        bench,
+        step,
+        &CONFIDENTIAL,
+        |folder, tap| match boot::own_kvm_serves(&parts.runner) {
+            true => on_this_machine(bench, step, &parts, folder, tap),
+            false => in_level_1(bench, step, &CONFIDENTIAL, parts, folder, tap),
+        },
+    )
+}
+
+/// libvirt's domains: in level 1, as they change the system that they run on.
+pub(super) fn libvirt(bench: &Bench, step: &Step) -> Result<Tally> {
+    let parts = bench.parts(step)?;
+    run(bench, step, &LIBVIRT, |folder, tap| {
+        in_level_1(bench, step, &LIBVIRT, parts, folder, tap)
+    })
+}
+
+fn run(
+    bench: &Bench,
+    step: &Step,
+    suite: &Suite,
+    avocado: impl FnOnce(&Path, &mut Tap) -> Result<(bool, String)>,
+) -> Result<Tally> {
+    let folder = bench.ctx.scratch().join(suite.name);
     cache::remove(&folder)?;
     fs::create_dir_all(&folder)?;
     let mut tap = Tap::default();
-    let outcome = match boot::own_kvm_serves(&parts.runner) {
-        true => on_this_machine(bench, step, &parts, &folder, &mut tap),
-        false => in_level_1(bench, step, parts, &folder, &mut tap),
-    };
+    let outcome = avocado(&folder, &mut tap);
     explain(step, &folder);
     let (success, ending) = outcome?;
     Ok(judge(tap, success, &ending))
@@ -101,7 +145,7 @@ fn on_this_machine(
     let tools = python::environment(ctx, step, AVOCADO)?;
     let words = words(
         bench.full,
-        &text(&ctx.root.join(TESTS)),
+        &text(&ctx.root.join(CONFIDENTIAL.folder)),
         &text(&parts.qemu.program),
         &text(&image::firmware(ctx)?),
         &text(&parts.guest),
@@ -119,6 +163,7 @@ fn on_this_machine(
 fn in_level_1(
     bench: &Bench,
     step: &Step,
+    suite: &Suite,
     parts: Parts,
     folder: &Path,
     tap: &mut Tap,
@@ -127,24 +172,24 @@ fn in_level_1(
     let packages = python::packages(ctx, step, AVOCADO)?;
     let disk = DEBIAN.disk(ctx, step)?;
     let lab = Lab::complete(ctx, step, parts)?;
-    copy_tests(ctx, &folder.join("tests"))?;
+    copy_folders(ctx, folder)?;
     let words = words(
         bench.full,
-        "/host/tests",
+        &format!("/host/{}", suite.folder),
         PROGRAM,
         &format!("/level1{}", image::FIRMWARE_FOLDER),
         "/run/lab/guest.elf",
         "/host",
     );
     let task = Task {
-        name: "Avocado in the lab".to_owned(),
-        script: script(&words),
+        name: format!("{} in the lab", suite.name),
+        script: script(suite, &words),
         share: Some(folder.to_owned()),
         memory: memory_for(0),
         limit: Some(LIMIT),
         disks: vec![disk],
         programs: vec![packages],
-        log: Some("avocado".to_owned()),
+        log: Some(suite.name.to_owned()),
         ..Task::default()
     };
     step.say("running");
@@ -152,23 +197,26 @@ fn in_level_1(
     Ok((status == 0, format!("exit status {status}")))
 }
 
-/// Strict mode, so that guests convert by touching memory, and Avocado.
-fn script(words: &[String]) -> String {
+fn script(suite: &Suite, words: &[String]) -> String {
     format!(
-        "echo 0x100000000 > /sys/module/kvm/parameters/sw_protected_strict_from\n\
-         {ENTER} mkdir /tmp/python && {ENTER} tar -xf /run/lab/{PACKAGES} -C /tmp/python &&\n\
+        "{} &&\n{ENTER} mkdir /tmp/python && {ENTER} tar -xf /run/lab/{PACKAGES} -C /tmp/python &&\n\
          {ENTER} env PYTHONPATH=/tmp/python PYTHONWARNINGS=ignore python3 -m avocado {}\n",
+        suite.prepare,
         quote(words)
     )
 }
 
-fn copy_tests(ctx: &Context, to: &Path) -> Result<()> {
-    fs::create_dir_all(to)?;
-    let from = ctx.root.join(TESTS);
-    for entry in fs::read_dir(&from).with_context(|| format!("cannot list {}", from.display()))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "py") {
-            fs::copy(&path, to.join(cache::file_name(&path)))?;
+fn copy_folders(ctx: &Context, to: &Path) -> Result<()> {
+    for folder in SHARED {
+        let (from, to) = (ctx.root.join(folder), to.join(folder));
+        fs::create_dir_all(&to)?;
+        for entry in
+            fs::read_dir(&from).with_context(|| format!("cannot list {}", from.display()))?
+        {
+            let path = entry?.path();
+            if path.is_file() {
+                fs::copy(&path, to.join(cache::file_name(&path)))?;
+            }
         }
     }
     Ok(())

@@ -113,6 +113,7 @@ const STEPS: &[TestStep] = &[
         "tests with Avocado, in the lab if this machine's KVM does not serve",
         avocado_step,
     ),
+    step("libvirt", "libvirt's domains in the lab", libvirt_step),
     step(
         "bench",
         "conversions cost no more instructions than they did",
@@ -137,7 +138,11 @@ fn patches_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
 }
 
 fn avocado_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
-    avocado::test(bench, step)
+    avocado::confidential(bench, step)
+}
+
+fn libvirt_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
+    avocado::libvirt(bench, step)
 }
 
 impl Options {
