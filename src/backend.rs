@@ -229,6 +229,7 @@ impl Backend {
             .ok_or_else(|| self.outside(offset, bytes))
     }
 
+    #[cold]
     pub(crate) fn outside(&self, offset: u64, bytes: u64) -> Error {
         Error::OutsideBackend {
             backend: self.config.name.clone(),
@@ -273,13 +274,16 @@ impl Backend {
             .all(|(_, state)| accepted(state))
     }
 
-    /// Pins pages if none of them is private or in transition; says otherwise which state is in the
-    /// way.
-    pub(crate) fn try_pin(&self, pages: FilePages) -> std::result::Result<(), PageState> {
+    /// Pins pages. True if no page near them is private or in transition: the pin holds.
+    #[inline]
+    pub(crate) fn add_pin(&self, pages: FilePages) -> bool {
         self.pins.add(pages);
-        if self.closed.none_near(pages) {
-            return Ok(());
-        }
+        self.closed.none_near(pages)
+    }
+
+    /// Takes a pin that was added back unless the host may use all of its pages; says then which state is
+    /// in the way.
+    pub(crate) fn check_pin(&self, pages: FilePages) -> std::result::Result<(), PageState> {
         let states = self.states.lock();
         let closed = states.runs(pages).map(|(_, state)| state);
         let Some(state) = closed
@@ -301,10 +305,15 @@ impl Backend {
         if self.mode == Mode::Mapped || self.pins.remove(pages) {
             return Ok(());
         }
-        Err(Error::NotPinned {
+        Err(self.not_pinned(pages))
+    }
+
+    #[cold]
+    fn not_pinned(&self, pages: FilePages) -> Error {
+        Error::NotPinned {
             backend: self.config.name.clone(),
             pages,
-        })
+        }
     }
 
     /// Frees pages of a view.

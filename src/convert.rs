@@ -439,11 +439,18 @@ impl Vm {
     ///
     /// # Panics
     /// If the range does not lie inside the backend.
+    #[inline]
     pub fn pin(&self, backend: &Backend, pages: FilePages) -> Result<()> {
-        if backend.mode() == Mode::Mapped {
+        if backend.mode() == Mode::Mapped || backend.add_pin(pages) {
             return Ok(());
         }
-        while let Err(state) = backend.try_pin(pages) {
+        self.pin_near_private(backend, pages)
+    }
+
+    /// The pin has been added, and there are closed pages near it.
+    #[inline(never)]
+    fn pin_near_private(&self, backend: &Backend, pages: FilePages) -> Result<()> {
+        while let Err(state) = backend.check_pin(pages) {
             // What this thread has in transition stays so: it is the listener that asks.
             if state == PageState::Private || self.claims.is_mine(backend.id(), pages) {
                 return Err(Error::NotShared {
@@ -452,6 +459,9 @@ impl Vm {
                 });
             }
             self.claims.settle(backend.id(), pages);
+            if backend.add_pin(pages) {
+                break;
+            }
         }
         Ok(())
     }

@@ -43,6 +43,15 @@ impl Part {
         })
     }
 
+    /// The part that a range is, if it lies in one chunk. Nearly all do.
+    fn only(pages: FilePages) -> Option<Part> {
+        let chunk = pages.start() / CHUNK;
+        (pages.end() <= (chunk + 1) * CHUNK).then_some(Part {
+            chunk: chunk as usize,
+            pages,
+        })
+    }
+
     fn is_whole(self) -> bool {
         self.pages.count() == CHUNK
     }
@@ -78,7 +87,11 @@ impl Closed {
 
     /// Are all pages of the chunks that these lie in open?
     pub(crate) fn none_near(&self, pages: FilePages) -> bool {
-        Part::of(pages).all(|part| self.0[part.chunk].load(SeqCst) == 0)
+        let is_open = |part: Part| self.0[part.chunk].load(SeqCst) == 0;
+        match Part::only(pages) {
+            Some(part) => is_open(part),
+            None => Part::of(pages).all(is_open),
+        }
     }
 }
 
@@ -127,13 +140,16 @@ impl Pins {
     }
 
     /// Pins pages, whoever may own them. The caller looks afterwards whether any is closed.
+    #[inline]
     pub(crate) fn add(&self, pages: FilePages) {
-        for part in Part::of(pages) {
-            self.add_part(part);
+        match Part::only(pages) {
+            Some(part) => self.add_part(part),
+            None => self.add_parts(Part::of(pages)),
         }
         self.pinned.fetch_add(pages.count(), SeqCst);
     }
 
+    #[inline]
     fn add_part(&self, part: Part) {
         if part.is_whole() {
             self.whole[part.chunk].fetch_add(1, SeqCst);
@@ -148,23 +164,44 @@ impl Pins {
 
     /// Takes back a pin of exactly these pages. Nothing is done, and `false` returned, if there
     /// cannot have been one.
+    #[inline]
     pub(crate) fn remove(&self, pages: FilePages) -> bool {
-        let bad = Part::of(pages).position(|part| !self.remove_part(part));
-        if let Some(bad) = bad {
-            Part::of(pages)
-                .take(bad)
-                .for_each(|part| self.add_part(part));
+        let removed = match Part::only(pages) {
+            Some(part) => self.remove_part(part),
+            None => self.remove_parts(pages),
+        };
+        if !removed {
             return false;
         }
         self.pinned.fetch_sub(pages.count(), SeqCst);
         if self.waiting.load(SeqCst) > 0 {
-            // With the lock, or a thread that has looked and not yet gone to sleep would miss it.
-            let _lock = self.lock.lock();
-            self.unpinned.notify_all();
+            self.wake();
         }
         true
     }
 
+    #[cold]
+    fn wake(&self) {
+        // With the lock, or a thread that has looked and not yet gone to sleep would miss it.
+        let _lock = self.lock.lock();
+        self.unpinned.notify_all();
+    }
+
+    #[inline(never)]
+    fn remove_parts(&self, pages: FilePages) -> bool {
+        let bad = Part::of(pages).position(|part| !self.remove_part(part));
+        self.add_parts(Part::of(pages).take(bad.unwrap_or(0)));
+        bad.is_none()
+    }
+
+    #[inline(never)]
+    fn add_parts(&self, parts: impl Iterator<Item = Part>) {
+        for part in parts {
+            self.add_part(part);
+        }
+    }
+
+    #[inline]
     fn remove_part(&self, part: Part) -> bool {
         let take = |chunk: &AtomicU64| chunk.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
         if part.is_whole() {
@@ -172,15 +209,19 @@ impl Pins {
         }
         let pages = self.counters(part.pages);
         let take_page = |page: &AtomicU32| page.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
-        let done = pages.iter().take_while(|page| take_page(page).is_ok());
-        let done = done.count();
-        if done == pages.len() && take(&self.parts[part.chunk]).is_ok() {
+        let bad = pages.iter().position(|page| take_page(page).is_err());
+        if bad.is_none() && take(&self.parts[part.chunk]).is_ok() {
             return true;
         }
-        for page in &pages[..done] {
+        self.give_back(&pages[..bad.unwrap_or(pages.len())]);
+        false
+    }
+
+    #[cold]
+    fn give_back(&self, pages: &[AtomicU32]) {
+        for page in pages {
             page.fetch_add(1, SeqCst);
         }
-        false
     }
 
     /// The first pinned pages of a range: not always all of those that follow each other.

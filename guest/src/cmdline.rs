@@ -316,7 +316,7 @@ fn bench<'a>(word: &'a str, value: &str) -> Result<Bench, Error<'a>> {
     let found = Bench::ALL.into_iter().find(|each| each.name() == value);
     found.ok_or(Error::Value {
         word,
-        wanted: "start, request, check, fault or twice",
+        wanted: "start, request, check, fault, twice, touch, scale or disk",
     })
 }
 

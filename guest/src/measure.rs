@@ -18,11 +18,13 @@ pub enum Bench {
     Touch,
     /// How long CPUs take that convert memory of their own at the same time.
     Scale,
+    /// Reads from a virtio-blk disk.
+    Disk,
 }
 
 impl Bench {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Start,
         Self::Request,
         Self::Check,
@@ -30,6 +32,7 @@ impl Bench {
         Self::Twice,
         Self::Touch,
         Self::Scale,
+        Self::Disk,
     ];
 
     /// The name on the command line.
@@ -43,6 +46,7 @@ impl Bench {
             Self::Twice => "twice",
             Self::Touch => "touch",
             Self::Scale => "scale",
+            Self::Disk => "disk",
         }
     }
 }

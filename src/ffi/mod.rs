@@ -61,11 +61,14 @@ fn guard(error: *mut guestmemfd_error, body: impl FnOnce() -> Result<(), Failure
     });
     match result {
         Ok(()) => 0,
-        Err(failure) => {
-            error::fill(error, failure.errno(), &failure.to_string());
-            -failure.errno()
-        }
+        Err(failure) => report(error, &failure),
     }
+}
+
+#[cold]
+fn report(error: *mut guestmemfd_error, failure: &Failure) -> i32 {
+    error::fill(error, failure.errno(), &failure.to_string());
+    -failure.errno()
 }
 
 /// For functions that return a plain value: `otherwise` if they panic.

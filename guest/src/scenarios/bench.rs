@@ -6,7 +6,8 @@
 //! reported: work that one hypervisor does at once and another when a page is touched must not
 //! look like work saved.
 
-use super::scale;
+use super::{disk, scale};
+use crate::virtio::{Kind, Queue};
 use crate::{cpu, hypercall, memmap, paging, tap};
 use core::ops::Range;
 use guestmemfd_guest::PAGE_SIZE;
@@ -26,6 +27,8 @@ const ROUNDS: u64 = 1_000_000;
 const SETTLE_ROUNDS: u64 = 20 * ROUNDS;
 /// How often an exit that changes nothing is measured.
 const EXITS: usize = 64;
+/// How many reads of a disk are measured.
+const READS: usize = 256;
 /// How many requests for what is already so are measured.
 const REPEATS: usize = 16;
 /// Places that are touched in order.
@@ -244,6 +247,7 @@ pub(crate) fn run(bench: Bench, options: &Options, map: &memmap::Map) -> bool {
         Bench::Twice => twice(memory),
         Bench::Touch => first_touches(memory, "ordinary-touch-4k", "none"),
         Bench::Scale => scale::run(memory, options.smp.unwrap_or(1)),
+        Bench::Disk => disk_reads(memory),
     }
     tap::note(format_args!("bench={} done", bench.name()));
     true
@@ -354,6 +358,32 @@ fn by_request(memory: Memory, case: &Case, meter: &mut Meter, intent: Intent) {
     for start in case.starts().take(REPEATS) {
         let pages = start..start + case.pages;
         meter.add(Part::Repeat, memory.request(pages, intent));
+    }
+}
+
+/// Reads from a disk into memory that has been touched. The first read is not measured.
+fn disk_reads(memory: Memory) {
+    unit();
+    let mut queue = Queue::open(Kind::Disk, 0, 0).unwrap_or_else(|why| {
+        tap::bail_out(format_args!("bench=disk: {why}"));
+    });
+    for (row, pages) in [("disk-read-4k", 1), ("disk-read-64k", 16)] {
+        memory.touch(0..pages, Shared);
+        let mut meter = TO_PRIVATE.lock();
+        for read in 0..=READS {
+            cpu::mark(Mark::Begin);
+            let before = cpu::timestamp();
+            // SAFETY: the memory is RAM that the firmware leaves to us, and nothing lives there.
+            let result = unsafe { disk::read(&mut queue, memory.start, pages as u64 * PAGE_SIZE) };
+            let took = cpu::timestamp() - before;
+            if let Err(why) = result {
+                tap::bail_out(format_args!("{row}: {why}"));
+            }
+            if read > 0 {
+                meter.add(Part::Request, took);
+            }
+        }
+        meter.line(Part::Request, row, "none", "io", 1);
     }
 }
 

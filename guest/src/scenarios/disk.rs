@@ -63,30 +63,56 @@ fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check {
         priority: 0,
         sector,
     };
+    // SAFETY: the pages are test memory.
+    let done = unsafe {
+        request(
+            &mut queue,
+            &header,
+            tester.memory.gpa(FIRST_PAGE),
+            DISK_PART,
+        )
+    };
+    done.map_err(Failure::Missing)
+}
+
+/// Reads the first bytes of the disk to an address.
+///
+/// # Safety
+///
+/// The device writes there.
+pub(super) unsafe fn read(queue: &mut Queue, address: u64, bytes: u64) -> Result<(), &'static str> {
+    // SAFETY: the caller's promise.
+    unsafe { request(queue, &Header::read(0), address, bytes) }
+}
+
+/// # Safety
+///
+/// The device reads or writes the bytes, as the header says.
+unsafe fn request(
+    queue: &mut Queue,
+    header: &Header,
+    address: u64,
+    bytes: u64,
+) -> Result<(), &'static str> {
     let mut status = 0xff_u8;
     let buffer = |address, length, writable| Buffer {
         address,
         length,
         writable,
     };
-    // SAFETY: the pages are test memory; header and status live until the device is done.
+    let at = &raw mut status;
+    // SAFETY: the caller answers for the bytes; header and status live until the device is done.
     let status = unsafe {
-        let at = &raw mut status;
-        let done = queue.request(&[
-            buffer(&raw const header as u64, size_of::<Header>() as u32, false),
-            buffer(
-                tester.memory.gpa(FIRST_PAGE),
-                DISK_PART as u32,
-                kind == READ,
-            ),
+        queue.request(&[
+            buffer(&raw const *header as u64, size_of::<Header>() as u32, false),
+            buffer(address, bytes as u32, header.kind == READ),
             buffer(at as u64, 1, true),
-        ]);
-        done.map_err(Failure::Missing)?;
+        ])?;
         at.read_volatile()
     };
     match status {
         0 => Ok(()),
-        _ => Err(Failure::Missing("the disk answered with an error")),
+        _ => Err("the disk answered with an error"),
     }
 }
 

@@ -48,7 +48,15 @@ pub(crate) struct Measurement {
 /// All of them.
 pub(crate) fn all() -> Vec<Measurement> {
     let mut all = Vec::new();
-    for bench in ["request", "fault", "twice", "prealloc", "touch"] {
+    for bench in [
+        "request",
+        "fault",
+        "twice",
+        "prealloc",
+        "touch",
+        "disk",
+        "ordinary-disk",
+    ] {
         all.extend(of(bench, SIZE));
     }
     for size in START_SIZES {
@@ -99,10 +107,12 @@ impl Measurement {
             // One measurement takes all subjects in turn.
             (SCALE, subject, variant) => (subject, variant) == MAIN,
             // Ordinary VMs.
-            ("prealloc" | "touch", subject, variant) => {
-                subject == "upstream" || variant.starts_with("mode=mapped")
+            _ if self.ordinary() => {
+                self.subject == "upstream" || self.variant.starts_with("mode=mapped")
             }
             (_, _, variant) if variant.starts_with("mode=mapped") => false,
+            // The floor has no devices.
+            ("disk", subject, variant) => subject == "upstream" || (subject, variant) == MAIN,
             ("start", _, variant) => matches!(variant, "" | "discard=now"),
             // Upstream's path sets the attribute at one address of a page only: a touch at the other
             // does not convert it.
@@ -111,6 +121,11 @@ impl Measurement {
             ("fault", _, variant) => !variant.starts_with("prefault"),
             (_, _, variant) => variant != "lazy-attributes=off",
         }
+    }
+
+    /// Is it measured in VMs without private memory?
+    pub(crate) fn ordinary(&self) -> bool {
+        matches!(self.bench, "prealloc" | "touch" | "ordinary-disk")
     }
 
     /// Is it measured in time, several subjects in turn?

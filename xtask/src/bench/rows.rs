@@ -26,6 +26,7 @@ pub(super) struct Line {
     pub(super) part: String,
     /// Of one sample.
     pub(super) mean: f64,
+    median: f64,
     p99: f64,
     /// Pages, or instructions, of one sample.
     pub(super) units: f64,
@@ -42,6 +43,7 @@ impl Line {
             direction: (*words.get("direction")?).to_owned(),
             part: (*words.get("part")?).to_owned(),
             mean: number("total")? / number("samples")?,
+            median: number("median")?,
             p99: number("p99")?,
             units: number("units")?,
         })
@@ -112,6 +114,14 @@ pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> R
             ("repeat", _) => {
                 let name = line.name() + "-repeat";
                 rows.add(name, line.mean, "instructions/request");
+            }
+            ("io", _) => {
+                let name = match measurement.ordinary() {
+                    true => format!("ordinary-{name}"),
+                    false => name,
+                };
+                // All requests are alike; a timer's interrupt is in some of them.
+                rows.add(name, line.median, "instructions/request");
             }
             ("time", _) => rows.add(name, line.mean, "instructions"),
             ("page", _) => rows.add(name, per_unit, PER_PAGE),
