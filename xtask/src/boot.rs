@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use crate::context::Context;
-use crate::level1::{Lab, Parts, RUNNER, Task, memory_for, quote, runner_paths};
+use crate::level1::{Lab, Parts, RUNNER, Task, linux_paths, memory_for, quote, runner_paths};
 use crate::packages::{self, Purpose};
 use crate::process::{command, output};
 use crate::progress::{Step, Steps};
@@ -18,13 +18,14 @@ use crate::{cargo, debian, image, kernel, qemu};
 /// Options of `boot`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// What the guest does: hypercall, fault, bad, or all of it [default: all]
+    /// What the guest does: hypercall, fault, bad, or all of it; or linux, for a Linux that works in
+    /// private memory [default: all]
     #[arg(long = "guest", alias = "scenario", value_name = "SCENARIO")]
     scenario: Option<String>,
 
-    /// Guest memory
-    #[arg(long, default_value = "256M", value_parser = parse_size)]
-    size: (String, u64),
+    /// Guest memory [default: 256M, for linux 512M]
+    #[arg(long, value_parser = parse_size)]
+    size: Option<(String, u64)>,
 
     /// Number of vCPUs
     #[arg(long, default_value_t = 1)]
@@ -41,6 +42,19 @@ pub(crate) struct Options {
     /// More arguments for QEMU
     #[arg(last = true, value_name = "QEMU ARGUMENTS")]
     extra: Vec<String>,
+}
+
+impl Options {
+    fn linux(&self) -> bool {
+        self.scenario.as_deref() == Some("linux")
+    }
+
+    /// The guest's memory as QEMU writes it, and in bytes.
+    fn size(&self) -> (String, u64) {
+        let default = if self.linux() { 512 } else { 256 };
+        let size = self.size.clone();
+        size.unwrap_or_else(|| (format!("{default}M"), default << 20))
+    }
 }
 
 /// A size as QEMU writes it, and in bytes.
@@ -99,7 +113,7 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
 
     let native = !options.lab && own_kvm_serves(&runner);
     let step = steps.begin("kernel for the lab");
-    if native {
+    if native && !options.linux() {
         step.finish("not needed: this machine's own KVM serves");
         steps.begin("image for the lab").finish("not needed");
         let step = steps.begin("firmware");
@@ -109,7 +123,7 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
         steps
             .begin("booting the guest on this machine's KVM")
             .yield_terminal();
-        return boot_native(options, &qemu, &firmware, &guest, &runner);
+        return boot_native(options, &qemu, &firmware, &guest, &runner, None);
     }
     packages::ensure(ctx, &step, &[Purpose::Kernel])?;
     let kernel = kernel::build(ctx, &step)?;
@@ -117,7 +131,19 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
 
     let step = steps.begin("firmware and tools for the image");
     packages::ensure(ctx, &step, &[Purpose::Image])?;
+    let disk = match options.linux() {
+        true => {
+            packages::ensure(ctx, &step, &[Purpose::Debian])?;
+            Some(debian::GUEST.disk(ctx, &step)?)
+        }
+        false => None,
+    };
     ready(step);
+    if let (true, Some((_, disk))) = (native, &disk) {
+        let firmware = image::firmware(ctx)?;
+        let linux = Some((kernel.image.as_path(), disk.as_path()));
+        return boot_native(options, &qemu, &firmware, &guest, &runner, linux);
+    }
 
     let step = steps.begin("image for the lab");
     let lab = Lab::complete(
@@ -133,16 +159,20 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
     ready(step);
 
     steps.begin("booting the guest in the lab").yield_terminal();
+    let mut paths: Vec<String> = runner_paths().into();
+    let mut programs = Vec::new();
+    if disk.is_some() {
+        paths.extend(linux_paths());
+        programs.push(lab.kernel.image.clone());
+    }
     let task = Task {
         name: "booting the guest in the lab".to_owned(),
-        script: quote(runner_command(
-            RUNNER.to_owned(),
-            runner_paths().into(),
-            options,
-        )),
+        script: quote(runner_command(RUNNER.to_owned(), paths, options)),
         share: None,
-        memory: memory_for(options.size.1),
+        memory: memory_for(options.size().1),
         limit: Some(Duration::from_secs(options.limit)),
+        disks: disk.into_iter().collect(),
+        programs,
         ..Task::default()
     };
     lab.run(ctx, &task, |line| println!("{line}"))
@@ -159,7 +189,7 @@ fn runner_command(runner: String, paths: Vec<String>, options: &Options) -> Vec<
     if let Some(scenario) = &options.scenario {
         words.extend(["--scenario".to_owned(), scenario.clone()]);
     }
-    words.extend(["--size".to_owned(), options.size.0.clone()]);
+    words.extend(["--size".to_owned(), options.size().0]);
     words.extend(["--smp".to_owned(), options.smp.to_string(), "--".to_owned()]);
     words.extend(options.extra.iter().cloned());
     words
@@ -171,6 +201,7 @@ fn boot_native(
     firmware: &Path,
     guest: &Path,
     runner: &Path,
+    linux: Option<(&Path, &Path)>,
 ) -> Result<i32> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let (program, firmware, guest) = (text(&qemu.program), text(firmware), text(guest));
@@ -182,7 +213,12 @@ fn boot_native(
         "--guest",
         &guest,
     ];
-    let words = runner_command(text(runner), paths.map(str::to_owned).to_vec(), options);
+    let mut paths = paths.map(str::to_owned).to_vec();
+    if let Some((kernel, disk)) = linux {
+        let more = ["--linux", &text(kernel), "--linux-disk", &text(disk)];
+        paths.extend(more.map(str::to_owned));
+    }
+    let words = runner_command(text(runner), paths, options);
     let status = command(&words[0], &words[1..])
         .status()
         .with_context(|| format!("cannot run {}", runner.display()))?;

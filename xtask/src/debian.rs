@@ -23,25 +23,35 @@ pub(crate) struct Userland {
     name: &'static str,
     /// Bytes of the file system, most of which are a hole.
     size: u64,
+    /// Files of the checkout and where the image has them.
+    files: &'static [(&'static str, &'static str)],
 }
 
 /// For programs in level 1.
 pub(crate) const DEBIAN: Userland = Userland {
     name: "debian",
     size: 2 << 30,
+    files: &[],
+};
+
+/// The root file system of the Linux guest.
+pub(crate) const GUEST: Userland = Userland {
+    name: "guest",
+    size: 512 << 20,
+    files: &[("lab/guest-init", "usr/sbin/lab-init")],
 };
 
 /// The program of level 1 that runs a command in it.
 pub(crate) const ENTER: &str = "in-debian";
 
 /// A number to be raised when this file makes other images of the same lists.
-const FORMAT: &str = "3";
+const FORMAT: &str = "4";
 
 /// How many images of a list are kept.
 const KEEP: usize = 2;
 
 /// Folders of every image, beyond those of the packages.
-const FOLDERS: [&str; 13] = [
+const FOLDERS: [&str; 14] = [
     "usr/bin",
     "usr/sbin",
     "usr/lib",
@@ -49,6 +59,7 @@ const FOLDERS: [&str; 13] = [
     "dev",
     "etc",
     "host",
+    "lab",
     "level1",
     "proc",
     "root",
@@ -56,6 +67,10 @@ const FOLDERS: [&str; 13] = [
     "sys",
     "var",
 ];
+
+/// A folder of programs, and the file with their SHA256 by which the guest knows them.
+const SUMMED: &str = "usr/bin";
+const SUMS: &str = "lab/sums";
 
 /// Symbolic links, made before anything is unpacked.
 const LINKS: [(&str, &str); 4] = [
@@ -123,11 +138,14 @@ impl Userland {
         let text =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let list = parse(&text).with_context(|| path.display().to_string())?;
-        let key = Key::default()
+        let mut key = Key::default()
             .add("format", FORMAT)
             .add("size", self.size.to_le_bytes())
             .add("wanted", list.wanted.join(" "))
             .add("left out", list.left_out.join(" "));
+        for (from, _) in self.files {
+            key = key.add_file(&ctx.root.join(from))?;
+        }
         let folder = ctx.cache.join(self.name);
         fs::create_dir_all(&folder)?;
         let result = folder.join(key.finish());
@@ -150,6 +168,12 @@ impl Userland {
         step.say("completing the file system");
         finish(&root)?;
         compile_python(&root)?;
+        for (from, name) in self.files {
+            fs::copy(ctx.root.join(from), root.join(name))
+                .with_context(|| format!("cannot copy {from}"))?;
+            fs::set_permissions(root.join(name), fs::Permissions::from_mode(0o755))?;
+        }
+        fs::write(root.join(SUMS), sums(&root.join(SUMMED))?)?;
         let mut ldconfig = system_command("ldconfig");
         ldconfig.arg("-r").arg(&root);
         Job::new("ldconfig", ldconfig).run()?;
@@ -273,6 +297,20 @@ fn finish(root: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The files of a folder as `sha256sum` prints them, in the order of their names.
+fn sums(folder: &Path) -> Result<String> {
+    let mut lines = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_file() && !path.is_symlink() {
+            let name = cache::file_name(&path);
+            lines.push(format!("{}  {name}\n", cache::sha256(&path)?));
+        }
+    }
+    lines.sort_by(|a, b| a[64..].cmp(&b[64..]));
+    Ok(lines.concat())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,11 +335,26 @@ mod tests {
     }
 
     #[test]
-    fn the_list_of_the_checkout_can_be_read() {
+    fn the_lists_of_the_checkout_can_be_read() {
         let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab");
-        let text = fs::read_to_string(lab.join(format!("{}.txt", DEBIAN.name)));
-        let list = parse(&text.expect("a file")).expect("a list");
-        assert!(list.wanted.iter().any(|name| name == "base-passwd"));
+        for userland in [DEBIAN, GUEST] {
+            let text = fs::read_to_string(lab.join(format!("{}.txt", userland.name)));
+            let list = parse(&text.expect("a file")).expect("a list");
+            assert!(list.wanted.iter().any(|name| name == "base-passwd"));
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_files_and_not_of_links() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        fs::write(dir.path().join("b"), "abc").expect("write");
+        fs::write(dir.path().join("a"), "abc").expect("write");
+        symlink("a", dir.path().join("c")).expect("a link");
+        let sum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(
+            sums(dir.path()).expect("sums"),
+            format!("{sum}  a\n{sum}  b\n")
+        );
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub(crate) const FIRMWARE_FOLDERS: [&str; 5] = [
 ];
 
 /// Folders and, with a target, symbolic links of the image.
-const SKELETON: [(&str, Option<&str>); 13] = [
+const SKELETON: [(&str, Option<&str>); 15] = [
     ("bin", None),
     ("debian", None),
     ("dev", None),
@@ -47,6 +47,8 @@ const SKELETON: [(&str, Option<&str>); 13] = [
     ("usr", None),
     ("usr/bin", None),
     ("sbin", Some("bin")),
+    ("var", None),
+    ("var/tmp", Some("/tmp")),
 ];
 
 /// Where level 1 has QEMU and its firmware.
@@ -110,7 +112,7 @@ pub(crate) fn build(ctx: &Context, step: &Step, qemu: &Qemu, runner: &Path) -> R
     let firmware = firmware(ctx)?;
     let libraries = libraries(&[&busybox, &qemu.program, &qemu.daemon, runner])?;
 
-    let mut key = Key::default();
+    let mut key = Key::default().add("skeleton", format!("{SKELETON:?}"));
     for (_, script) in &scripts {
         key = key.add_file(script)?;
     }

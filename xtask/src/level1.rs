@@ -85,6 +85,17 @@ pub(crate) fn runner_paths() -> [String; 6] {
     .map(str::to_owned)
 }
 
+/// More of them: where level 1 has the Linux guest.
+pub(crate) fn linux_paths() -> [String; 4] {
+    [
+        "--linux",
+        "/run/lab/bzImage",
+        "--linux-disk",
+        "/dev/disk/guest",
+    ]
+    .map(str::to_owned)
+}
+
 /// Words as a shell reads them back unchanged.
 pub(crate) fn quote(words: impl IntoIterator<Item = impl AsRef<str>>) -> String {
     let quoted = words

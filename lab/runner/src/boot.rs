@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
+use crate::linux::{self, Job};
 use crate::probe::{Machine, Need};
 use crate::qemu::{self, Qemu};
 use crate::query::{self, Backend};
 use crate::strict::Strict;
+use crate::tap::Tap;
 use crate::vm::{Files, Scenario, Size, Vm};
 use crate::{guest, memory, show};
 
@@ -74,27 +76,58 @@ fn try_boot(options: &Options) -> Result<String> {
         }
     };
 
-    let mut vm = Vm::conformance(
-        &options.files,
-        options.scenario,
-        strict.is_some(),
-        options.size,
-        options.smp,
-    );
+    let linux = options.scenario == Scenario::Linux;
+    let mut vm = match linux {
+        true => options
+            .files
+            .linux
+            .vm(Job::Work, options.size, options.smp)?,
+        false => Vm::conformance(
+            &options.files,
+            options.scenario,
+            strict.is_some(),
+            options.size,
+            options.smp,
+        ),
+    };
     vm.extra.extend_from_slice(&options.extra);
     let arguments = vm.arguments(&options.files.firmware);
     let mut qemu = qemu::start_running(&options.files.qemu, &arguments, &options.out, true)?;
 
     println!("before (guest paused):");
     show_memory(&mut qemu)?;
-    let ran = guest::run(&mut qemu, Duration::from_secs(options.limit));
+    let limit = Duration::from_secs(options.limit);
+    let ran = match linux {
+        true => linux::run(&mut qemu, limit),
+        false => guest::run(&mut qemu, limit),
+    };
     println!("after:");
     let after = show_memory(&mut qemu);
     // Why the guest did not end matters more than that QEMU then did not answer.
     ran?;
     let after = after?;
+    if linux {
+        let tap = linux::finish(&mut qemu, Tap::default())?;
+        return linux_summary(&after, &tap);
+    }
     guest::finish(&mut qemu)?;
     summary(&after)
+}
+
+fn linux_summary(backends: &[Backend], tap: &Tap) -> Result<String> {
+    let [backend] = backends else {
+        bail!(
+            "one backend expected, query-guestmemfd shows {}",
+            backends.len()
+        );
+    };
+    linux::check(backend, tap)?;
+    Ok(format!(
+        "{} tests of the guest, {} % of its memory private, {} hypercalls",
+        tap.verdict()?,
+        linux::percent_private(backend),
+        backend.hypercalls
+    ))
 }
 
 fn show_memory(qemu: &mut Qemu) -> Result<Vec<Backend>> {

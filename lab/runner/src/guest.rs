@@ -22,6 +22,11 @@ pub(crate) fn run_again(qemu: &mut Qemu, limit: Duration) -> Result<()> {
     run_with_resets(qemu, limit, 1)
 }
 
+/// The same for a guest that reboots once.
+pub(crate) fn run_through_reboot(qemu: &mut Qemu, limit: Duration) -> Result<()> {
+    run_with_resets(qemu, limit, 2)
+}
+
 fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()> {
     let deadline = Instant::now() + limit;
     qemu.qmp.run("cont", json!({}))?;
@@ -90,11 +95,16 @@ pub(crate) fn finish(qemu: &mut Qemu) -> Result<Tap> {
 /// All lines up to the end of a QEMU that has ended.
 pub(crate) fn report(qemu: &Qemu) -> Tap {
     let mut tap = Tap::default();
+    report_into(qemu, &mut tap);
+    tap
+}
+
+/// The same where some lines have been read.
+pub(crate) fn report_into(qemu: &Qemu, tap: &mut Tap) {
     // The port's end has closed, so nothing waits this long unless a line is still on its way.
     while let Some(line) = qemu.serial_line(Duration::from_secs(10)) {
         tap.line(&line);
     }
-    tap
 }
 
 /// Waits until the guest has said a line that begins like this.

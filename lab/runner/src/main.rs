@@ -6,6 +6,7 @@ mod bench;
 mod boot;
 mod cgroup;
 mod guest;
+mod linux;
 mod memory;
 mod probe;
 mod qemu;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
+use crate::linux;
 use crate::probe::Need;
 
 /// Where the second, unbound window of a strict-mode guest lies: `1 << SHARED_BIT`.
@@ -35,6 +36,8 @@ pub(crate) struct Files {
     /// The conformance guest
     #[arg(long, value_name = "PATH", value_parser = existing)]
     pub(crate) guest: PathBuf,
+    #[command(flatten)]
+    pub(crate) linux: linux::Files,
 }
 
 /// A path that exists, made absolute: a program's bare name would be looked for elsewhere.
@@ -85,6 +88,8 @@ pub(crate) enum Scenario {
     Device,
     /// Has KVM write its clock to private memory
     Clock,
+    /// Not the conformance guest but Linux
+    Linux,
 }
 
 impl Scenario {
@@ -108,6 +113,7 @@ impl Scenario {
             Self::Disk => "disk",
             Self::Device => "device",
             Self::Clock => "clock",
+            Self::Linux => "linux",
         }
     }
 
@@ -130,6 +136,7 @@ impl Scenario {
                 | Self::Sweep
                 | Self::Device
                 | Self::Clock
+                | Self::Linux
         )
     }
 }

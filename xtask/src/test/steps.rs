@@ -11,11 +11,13 @@ use anyhow::{Result, anyhow, ensure};
 
 use crate::cargo::{self, cargo};
 use crate::context::Context;
-use crate::level1::{Lab, Parts, RUNNER, Task, memory_for, quote, runner_paths};
+use crate::level1::{Lab, Parts, RUNNER, Task, linux_paths, memory_for, quote, runner_paths};
 use crate::process::{Job, command, output};
 use crate::progress::Step;
 use crate::qemu::Qemu;
-use crate::{cache, header as c_header, image, kernel as lab_kernel, python, qemu as qemu_build};
+use crate::{
+    cache, debian, header as c_header, image, kernel as lab_kernel, python, qemu as qemu_build,
+};
 
 use super::report::{CargoTest, MesonTest, Tally, Tap};
 
@@ -291,6 +293,7 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
 pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
     let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
+    let disk = debian::GUEST.disk(ctx, step)?;
     let programs = programs(ctx, step)?;
     let logs = ctx.scratch().join("lab");
     cache::remove(&logs)?;
@@ -299,8 +302,11 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         let name = path.file_name().unwrap_or_default();
         (*option, format!("/run/lab/{}", Path::new(name).display()))
     });
+    let mut level_1_programs: Vec<PathBuf> = programs.map(|(_, path)| path).into();
+    level_1_programs.push(lab.kernel.image.clone());
     // Sockets cannot lie in a folder of the host, so the logs are copied there.
-    let runner = bench.runner_words(RUNNER, runner_paths().into(), in_level_1, "/tmp/test");
+    let paths = [&runner_paths()[..], &linux_paths()[..]].concat();
+    let runner = bench.runner_words(RUNNER, paths, in_level_1, "/tmp/test");
     let script = format!(
         "{}\nstatus=$?\ncp -r /tmp/test/. /host/\nexit $status\n",
         quote(runner)
@@ -311,7 +317,8 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         share: Some(logs),
         memory: memory_for(0),
         limit: Some(RUNNER_LIMIT),
-        programs: programs.map(|(_, path)| path).into(),
+        programs: level_1_programs,
+        disks: vec![disk],
         ..Task::default()
     };
     step.say("running");

@@ -8,6 +8,7 @@ mod host;
 mod hostile;
 mod large;
 mod library;
+mod linux;
 mod mapped;
 mod mapped_devices;
 mod mapped_migration;
@@ -153,6 +154,7 @@ fn all(options: &Options) -> Vec<Test> {
         large::tests(),
         no_memory::tests(),
         library::tests(&options.programs),
+        linux::tests(&options.files.linux),
         ordinary_vms(),
     ]
     .into_iter()

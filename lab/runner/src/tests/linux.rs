@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! A Linux guest that works in private memory.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+
+use super::{Context, Test, freed, guests};
+use crate::guest;
+use crate::linux::{self, Files, Job, VIRTIO};
+use crate::memory::{self, Kind};
+use crate::probe::Need;
+use crate::qemu::Qemu;
+use crate::query::{self, human};
+use crate::tap::Tap;
+use crate::vm::{Size, Vm};
+
+const SIZE: Size = Size(512 << 20);
+
+/// What a guest does not use when it has filled its memory, and what moves meanwhile.
+const NOISE: u64 = 64 << 20;
+
+/// How long a guest may take to do all that it does.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// None where there is no such guest: a runner by hand need not have one.
+pub(super) fn tests(files: &Files) -> Vec<Test> {
+    if !files.are_named() {
+        return Vec::new();
+    }
+    let needs = &[Need::PrivateMemory, Need::PageCounts];
+    let work = |smp| {
+        Test::new(format!("linux/work-{smp}"), needs, move |context| {
+            work(context, smp)
+        })
+    };
+    vec![
+        work(1),
+        work(2),
+        Test::new("linux/balloon", needs, balloon).only_in_full(),
+        Test::new("linux/reporting", needs, reporting).only_in_full(),
+    ]
+}
+
+fn work(context: &Context, smp: u32) -> Result<()> {
+    let vm = context.files.linux.vm(Job::Work, SIZE, smp)?;
+    let mut qemu = context.start(&vm)?;
+    linux::run(&mut qemu, LIMIT)?;
+    end(&mut qemu, Tap::default())
+}
+
+/// What must hold after every run.
+fn end(qemu: &mut Qemu, tap: Tap) -> Result<()> {
+    qemu.alive()?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    guests::settled(&backend)?;
+    freed::files_match(&backend, qemu.pid())?;
+    let tap = linux::finish(qemu, tap)?;
+    let percent = linux::percent_private(&backend);
+    println!("# {percent} % private; {backend:?}");
+    linux::check(&backend, &tap)
+}
+
+/// The guest with a balloon.
+fn balloon_vm(context: &Context, job: Job, properties: &str) -> Result<Vm> {
+    let vm = context.files.linux.vm(job, SIZE, 1)?;
+    Ok(vm.with_arguments(&format!("-device virtio-balloon-pci,{VIRTIO}{properties}")))
+}
+
+/// What a guest has of the host.
+#[derive(Debug)]
+struct Has {
+    private: u64,
+    /// By both files together.
+    allocated: u64,
+}
+
+impl Has {
+    fn now(qemu: &mut Qemu) -> Result<Self> {
+        let backend = query::backend(&mut qemu.qmp)?;
+        let files = memory::backings(qemu.pid())?;
+        let allocated = |kind| memory::allocated(&files, kind).context("not counted");
+        Ok(Self {
+            private: backend.private_bytes,
+            allocated: allocated(Kind::Memfd)? + allocated(Kind::GuestMemfd)?,
+        })
+    }
+
+    /// Waits until the files have no more than this.
+    fn until_allocated(qemu: &mut Qemu, most: u64) -> Result<Self> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let has = Self::now(qemu)?;
+            if has.allocated <= most {
+                return Ok(has);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the guest was to give memory back until its files have {}: {has:?}",
+                human(most)
+            );
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+/// Starts the guest, and waits until it has filled its memory and emptied it again.
+fn filled(context: &Context, vm: &Vm, tap: &mut Tap) -> Result<(Box<Qemu>, Has)> {
+    let mut qemu = context.start(vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    linux::wait_line(&qemu, tap, "# ready", LIMIT)?;
+    let full = Has::now(&mut qemu)?;
+    ensure!(
+        full.allocated >= SIZE.0 / 8 * 5,
+        "the guest has not filled its memory, so this run shows nothing: {full:?}"
+    );
+    Ok((qemu, full))
+}
+
+/// Half of the memory goes to the host and comes back; what has come back is private.
+fn balloon(context: &Context) -> Result<()> {
+    let mut tap = Tap::default();
+    let vm = balloon_vm(context, Job::Balloon, "")?;
+    let (mut qemu, full) = filled(context, &vm, &mut tap)?;
+
+    let half = SIZE.0 / 2;
+    qemu.qmp.run("balloon", json!({"value": half}))?;
+    linux::wait_line(&qemu, &mut tap, "# inflated", LIMIT)?;
+    let inflated = Has::until_allocated(&mut qemu, half)?;
+    println!("# full {full:?}, inflated {inflated:?}");
+    ensure!(
+        inflated.private + half <= full.private + NOISE,
+        "half of the memory is in the balloon, but {} are private after {}",
+        human(inflated.private),
+        human(full.private)
+    );
+    ensure!(
+        inflated.allocated + half <= full.allocated + NOISE,
+        "half of the memory is in the balloon, but the files have {} after {}",
+        human(inflated.allocated),
+        human(full.allocated)
+    );
+
+    qemu.qmp.run("balloon", json!({"value": SIZE.0}))?;
+    guest::run(&mut qemu, LIMIT)?;
+    end(&mut qemu, tap)
+}
+
+/// What the guest has freed goes to the host, and stays private.
+fn reporting(context: &Context) -> Result<()> {
+    let mut tap = Tap::default();
+    let vm = balloon_vm(context, Job::Report, ",free-page-reporting=on")?;
+    let (mut qemu, full) = filled(context, &vm, &mut tap)?;
+    linux::wait_line(&qemu, &mut tap, "# reported", LIMIT)?;
+    let reported = Has::now(&mut qemu)?;
+    println!("# full {full:?}, reported {reported:?}");
+    guest::run(&mut qemu, LIMIT)?;
+    end(&mut qemu, tap)?;
+    ensure!(
+        reported.private.abs_diff(full.private) <= NOISE / 8,
+        "reporting free pages has changed what is private: {reported:?} after {full:?}"
+    );
+    Ok(())
+}
