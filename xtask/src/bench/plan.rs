@@ -128,6 +128,11 @@ impl Measurement {
         matches!(self.bench, "prealloc" | "touch" | "ordinary-disk")
     }
 
+    /// Is it what CI looks at?
+    pub(crate) fn is_compared(&self) -> bool {
+        self.bench == "check"
+    }
+
     /// Is it measured in time, several subjects in turn?
     pub(crate) fn scale(&self) -> bool {
         self.bench == SCALE
