@@ -79,27 +79,15 @@ class ConfidentialTest(Test):
         if not condition:
             self.fail(f"{text} (serial.log, qmp.log and qemu.log are in {self.logdir})")
 
-    def start(self, *arguments, backend="", smp=1, append=None):
-        """Starts QEMU, paused. `append` is the conformance guest's command line; without it there is no guest."""
+    def start(self, *arguments, backend="", smp=1, size=SIZE, protection="", machine=""):
+        """Starts QEMU, paused. `backend`, `protection` and `machine` are more properties of these three."""
         command = [self.qemu_bin, "-nodefaults", "-no-user-config", "-display", "none", "-S"]
-        command += ["-accel", "kvm", "-cpu", "host", "-m", f"{SIZE // MIB}M", "-smp", str(smp)]
-        command += ["-object", f"memory-backend-guestmemfd,id=ram0,size={SIZE}{backend}"]
-        protection = "sw-protected-guest,id=cgs0"
-        if append is not None:
-            if not os.path.exists(self.guest):
-                self.cancel(f"no guest at {self.guest}: make it with 'cargo xtask guest', or name it with -p guest=FILE")
-            if strict_mode():
-                protection += f",shared-bit={SHARED_BIT}"
-                append += f" shared-bit={SHARED_BIT}"
-            command += ["-kernel", self.guest, "-append", append]
-            command += ["-fw_cfg", f"name=opt/guestmemfd/pattern,string={PATTERN}"]
-            command += ["-device", "isa-debug-exit,iobase=0x501,iosize=2"]
-            # After the guest's end QEMU stays, and can be asked.
-            command += ["-action", "shutdown=pause"]
-        command += ["-object", protection]
-        # The small guest is to have memory above 4 GiB.
-        machine = "q35,memory-backend=ram0,confidential-guest-support=cgs0,max-ram-below-4g=128M"
-        command += ["-machine", machine]
+        command += ["-accel", "kvm", "-cpu", "host", "-m", f"{size // MIB}M", "-smp", str(smp)]
+        command += ["-object", f"memory-backend-guestmemfd,id=ram0,size={size}{backend}"]
+        command += ["-object", f"sw-protected-guest,id=cgs0{protection}"]
+        command += ["-machine", f"q35,memory-backend=ram0,confidential-guest-support=cgs0{machine}"]
+        # After a guest's end QEMU stays, and can be asked.
+        command += ["-action", "shutdown=pause"]
         if self.firmware:
             command += ["-L", self.firmware]
         try:
@@ -111,6 +99,23 @@ class ConfidentialTest(Test):
                 if f"does not accept value '{name}'" in str(error):
                     self.cancel(f"{self.qemu_bin} lacks the patches: it knows no {name}")
             self.check(False, str(error))
+
+    def start_conformance(self, *arguments, append, **properties):
+        """Starts QEMU with the conformance guest; `append` is its command line."""
+        if not os.path.exists(self.guest):
+            self.cancel(f"no guest at {self.guest}: make it with 'cargo xtask guest', or name it with -p guest=FILE")
+        append += f" timeout={self.limit}"
+        if strict_mode():
+            properties["protection"] = f",shared-bit={SHARED_BIT}"
+            append += f" shared-bit={SHARED_BIT}"
+        # The small guest is to have memory above 4 GiB.
+        properties["machine"] = ",max-ram-below-4g=128M"
+        self.start(
+            "-kernel", self.guest, "-append", append,
+            "-fw_cfg", f"name=opt/guestmemfd/pattern,string={PATTERN}",
+            "-device", "isa-debug-exit,iobase=0x501,iosize=2",
+            *arguments, **properties,
+        )
 
     def call(self, method, *arguments, **named):
         """Calls a method of the machine; an error fails the test."""
@@ -143,6 +148,26 @@ class ConfidentialTest(Test):
             offset = part.get("next")
         return totals
 
+    def check_properties(self, discard, lazy):
+        """Before the guest runs: has the backend the properties that it was to have?"""
+        backend = self.backends()["ram0"]
+        self.check(backend["mode"] == "private", f"the mode is {backend['mode']}")
+        self.check(backend["discard"] == discard, f"discard is {backend['discard']}, not {discard}")
+        self.check(("lazy-chunk" in backend) == (lazy == "on"), f"lazy-attributes={lazy}: {backend}")
+
+    def check_conversions(self):
+        """After the guest's end: there were conversions, and the map agrees with the answer of query-guestmemfd."""
+        backend = self.backends()["ram0"]
+        both_ways = backend["conversions-to-private"] > 0 and backend["conversions-to-shared"] > 0
+        self.check(both_ways, f"no conversions both ways: {backend}")
+        self.check(backend["hypercalls"] > 0, f"no hypercalls: {backend}")
+        self.check(backend["transition-bytes"] == 0, f"conversions are under way after the guest's end: {backend}")
+        totals = self.map_totals("ram0")
+        for state in ("undecided", "shared", "private"):
+            counted = backend[f"{state}-bytes"]
+            self.check(totals.get(state, 0) == counted, f"{counted} bytes are {state}, but the map says {totals}")
+        return backend
+
     def wait_serial(self, text, since=0):
         """Waits until the guest has said this."""
         deadline = time.monotonic() + self.limit
@@ -151,7 +176,7 @@ class ConfidentialTest(Test):
             time.sleep(0.1)
 
     def run_guest(self, resets=0):
-        """Lets the guest run to its end, and checks what it says. SeaBIOS may reset the machine `resets` times."""
+        """Lets the guest run to its end, and checks what it says. It or SeaBIOS may reset the machine so many times."""
         since = len(self.machine.serial())
         self.qmp("cont")
         for _ in range(resets + 1):
@@ -162,7 +187,6 @@ class ConfidentialTest(Test):
         self.check(reason == "guest-shutdown", f"the guest did not end itself: {event['event']}, {reason}")
         self.call("event", "STOP", limit=self.limit)
         report = self.machine.serial()[since:]
-        # After a reset in between, what counts is what was said since.
         self.check(tap.problem(report) is None, tap.problem(report))
 
     def finish(self, expected=CONTENT):

@@ -9,25 +9,14 @@ class ConformanceTest(ConfidentialTest):
 
     def boot(self, discard, smp, lazy):
         scenario = self.params.get("scenario", default="flip")
-        self.start(
+        self.start_conformance(
+            append=f"scenario={scenario} discard={discard}",
             backend=f",discard={discard},lazy-attributes={lazy}",
             smp=smp,
-            append=f"scenario={scenario} timeout={self.limit} discard={discard}",
         )
-        before = self.backends()["ram0"]
-        self.check(before["mode"] == "private", f"the mode is {before['mode']}")
-        self.check(before["discard"] == discard, f"discard is {before['discard']}, not {discard}")
-        self.check(("lazy-chunk" in before) == (lazy == "on"), f"lazy-attributes={lazy}: {before}")
+        self.check_properties(discard, lazy)
         self.run_guest()
-
-        after = self.backends()["ram0"]
-        self.check(after["conversions-to-private"] > 0 and after["conversions-to-shared"] > 0, f"no conversions: {after}")
-        self.check(after["hypercalls"] > 0, f"no hypercalls: {after}")
-        self.check(after["transition-bytes"] == 0, f"conversions are under way after the guest's end: {after}")
-        totals = self.map_totals("ram0")
-        for state in ("undecided", "shared", "private"):
-            counted = after[f"{state}-bytes"]
-            self.check(totals.get(state, 0) == counted, f"{counted} bytes are {state}, but the map says {totals}")
+        self.check_conversions()
         self.finish()
 
 

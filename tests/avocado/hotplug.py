@@ -27,7 +27,7 @@ class Hotplug(ConfidentialTest):
         self.finish(expected=0)
 
     def test_dimm(self):
-        self.start("-m", f"{SIZE // MIB}M,slots=2,maxmem=4G", append=f"scenario=flip timeout={self.limit}")
+        self.start_conformance("-m", f"{SIZE // MIB}M,slots=2,maxmem=4G", append="scenario=flip")
         self.qmp("object-add", qom_type=BACKEND, id="extra", size=128 * MIB)
         self.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="extra")
         devices = self.qmp("query-memory-devices")

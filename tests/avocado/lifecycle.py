@@ -9,7 +9,7 @@ class Lifecycle(ConfidentialTest):
 
     def test_reset_and_shutdown(self):
         # This scenario looks for what it has left in private pages when it ran before.
-        self.start(append=f"scenario=reset timeout={self.limit}")
+        self.start_conformance(append="scenario=reset")
         self.run_guest()
         self.check(self.backends()["ram0"]["private-bytes"] > 0, "the guest has left no private pages")
 

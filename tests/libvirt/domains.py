@@ -134,17 +134,18 @@ class Domains(LibvirtTest):
         self.check(backend["mode"] == "mapped", f"the mode is {backend['mode']}")
         self.end()
         written = struct.unpack_from(f"<{len(words)}Q", image.read_bytes(), DISK_PART)
-        self.check(all(new == old ^ (1 << 64) - 1 for new, old in zip(written, words)), "the disk is not what the guest wrote")
+        expected = tuple(word ^ (1 << 64) - 1 for word in words)
+        self.check(written == expected, "the disk is not what the guest wrote")
 
     def serve(self, image):
         """Starts the process that has the disk."""
         path = Path(ET.parse(XML / "vhost-user.xml").find("devices/disk/source").get("path"))
         path.unlink(missing_ok=True)
+        disk = f"driver=file,node-name=disk,filename={image}"
         export = f"type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={path}"
         with open(Path(self.logdir) / "storage-daemon.log", "w", encoding="utf-8") as log:
             self.daemon = subprocess.Popen(
-                ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=disk,filename={image}", "--export", export],
-                stdout=log, stderr=log,
+                ["qemu-storage-daemon", "--blockdev", disk, "--export", export], stdout=log, stderr=log
             )
         deadline = time.monotonic() + COMMAND_LIMIT
         while not path.exists():
@@ -231,7 +232,8 @@ class Errors(LibvirtTest):
         def with_unknown_backend(tree):
             # As a QEMU without the patches takes the right name.
             for argument in tree.iter(f"{{{QEMU_NAMESPACE}}}arg"):
-                argument.set("value", argument.get("value").replace("memory-backend-guestmemfd", "memory-backend-unknown"))
+                value = argument.get("value")
+                argument.set("value", value.replace("memory-backend-guestmemfd", "memory-backend-unknown"))
 
         for change, message in (
             (with_smm, "cannot have SMM"),

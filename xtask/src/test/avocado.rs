@@ -10,9 +10,9 @@ use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
 use crate::context::Context;
-use crate::debian::{DEBIAN, ENTER};
+use crate::debian::{DEBIAN, ENTER, GUEST};
 use crate::image::{self, PROGRAM};
-use crate::level1::{Lab, Parts, Task, memory_for, quote};
+use crate::level1::{Lab, Parts, Task, linux_paths, memory_for, quote};
 use crate::process::{Job, command};
 use crate::progress::Step;
 use crate::python::{self, AVOCADO, PACKAGES};
@@ -106,21 +106,17 @@ fn run(
     Ok(judge(tap, success, &ending))
 }
 
+/// What the tests are to know of the place where they run: names and paths.
+type Parameters<'a> = [(&'static str, &'a str); 5];
+
 /// The words after `avocado`: what to run with, and where results go.
-fn words(
-    full: bool,
-    tests: &str,
-    qemu: &str,
-    firmware: &str,
-    guest: &str,
-    out: &str,
-) -> Vec<String> {
+fn words(full: bool, tests: &str, parameters: Parameters, out: &str) -> Vec<String> {
     let mut words: Vec<String> = ["run", tests, "--disable-sysinfo", "--tap", "-"]
         .map(str::to_owned)
         .into();
     // They count on having the machine for themselves: a guest with four vCPUs keeps it busy.
     words.extend(["--max-parallel-tasks", "1"].map(str::to_owned));
-    for (name, value) in [("qemu_bin", qemu), ("firmware", firmware), ("guest", guest)] {
+    for (name, value) in parameters {
         words.extend(["-p".to_owned(), format!("{name}={value}")]);
     }
     words.extend(["--job-results-dir".to_owned(), out.to_owned()]);
@@ -143,14 +139,16 @@ fn on_this_machine(
     let ctx = bench.ctx;
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let tools = python::environment(ctx, step, AVOCADO)?;
-    let words = words(
-        bench.full,
-        &text(&ctx.root.join(CONFIDENTIAL.folder)),
-        &text(&parts.qemu.program),
-        &text(&image::firmware(ctx)?),
-        &text(&parts.guest),
-        &text(folder),
-    );
+    let (_, disk) = GUEST.disk(ctx, step)?;
+    let parameters = [
+        ("qemu_bin", &*text(&parts.qemu.program)),
+        ("firmware", &text(&image::firmware(ctx)?)),
+        ("guest", &text(&parts.guest)),
+        ("linux", &text(&parts.kernel.image)),
+        ("linux_disk", &text(&disk)),
+    ];
+    let tests = text(&ctx.root.join(CONFIDENTIAL.folder));
+    let words = words(bench.full, &tests, parameters, &text(folder));
     step.say("running");
     let outcome = Job::new("avocado", command(tools.join("avocado"), words))
         .log(&ctx.log("avocado"))
@@ -170,25 +168,27 @@ fn in_level_1(
 ) -> Result<(bool, String)> {
     let ctx = bench.ctx;
     let packages = python::packages(ctx, step, AVOCADO)?;
-    let disk = DEBIAN.disk(ctx, step)?;
+    let disks = vec![DEBIAN.disk(ctx, step)?, GUEST.disk(ctx, step)?];
     let lab = Lab::complete(ctx, step, parts)?;
     copy_folders(ctx, folder)?;
-    let words = words(
-        bench.full,
-        &format!("/host/{}", suite.folder),
-        PROGRAM,
-        &format!("/level1{}", image::FIRMWARE_FOLDER),
-        "/run/lab/guest.elf",
-        "/host",
-    );
+    let [_, kernel, _, guest_disk] = linux_paths();
+    let parameters = [
+        ("qemu_bin", PROGRAM),
+        ("firmware", &format!("/level1{}", image::FIRMWARE_FOLDER)),
+        ("guest", "/run/lab/guest.elf"),
+        ("linux", &kernel),
+        ("linux_disk", &guest_disk),
+    ];
+    let tests = format!("/host/{}", suite.folder);
+    let words = words(bench.full, &tests, parameters, "/host");
     let task = Task {
         name: format!("{} in the lab", suite.name),
         script: script(suite, &words),
         share: Some(folder.to_owned()),
         memory: memory_for(0),
         limit: Some(LIMIT),
-        disks: vec![disk],
-        programs: vec![packages],
+        disks,
+        programs: vec![packages, lab.kernel.image.clone()],
         log: Some(suite.name.to_owned()),
         ..Task::default()
     };
@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn long_tests_run_only_with_full() {
         let filtered = |full| {
-            words(full, "t", "q", "f", "g", "o")
+            words(full, "t", [("a", "b"); 5], "o")
                 .iter()
                 .any(|word| word == "--filter-by-tags=-full")
         };
