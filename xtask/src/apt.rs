@@ -189,15 +189,11 @@ fn installed(shown: &str) -> String {
     status
 }
 
-/// How many packages lie in a folder.
-fn count_packages(folder: &Path) -> u64 {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return 0;
-    };
-    let is_package =
-        |name: &std::ffi::OsStr| Path::new(name).extension().is_some_and(|e| e == "deb");
-    let names = entries.flatten().map(|entry| entry.file_name());
-    names.filter(|name| is_package(name)).count() as u64
+/// The files that `apt-get install --print-uris` would fetch: `'URI' name size SHA256:hash`.
+fn files_of(printed: &str) -> Vec<String> {
+    let lines = printed.lines().filter(|line| line.starts_with('\''));
+    let names = lines.filter_map(|line| line.split_whitespace().nth(1));
+    names.map(str::to_owned).collect()
 }
 
 /// Our own apt configuration.
@@ -269,8 +265,9 @@ impl Apt {
             .with_context(|| format!("the archive lists no source package named {package}"))
     }
 
-    /// Fetches packages into the folder `to`, with what they depend on but for what hangs on
-    /// `left_out` alone. `arrived` is told how many have come, and of how many.
+    /// Puts packages into the empty folder `to`, with what they depend on but for what hangs on
+    /// `left_out` alone. They stay in the cache too, and what is there is not fetched again.
+    /// `arrived` is told how many there are, and of how many.
     pub(crate) fn packages(
         &self,
         wanted: &[String],
@@ -278,42 +275,52 @@ impl Apt {
         to: &Path,
         mut arrived: impl FnMut(u64, u64),
     ) -> Result<()> {
-        if let Some(updated) = &self.updated {
-            updated.check()?;
-        }
-        self.pretend_installed(left_out)?;
-        let install = |option: &str| {
+        let kept = self.folder.join("archives");
+        let install = |option: &str, archives: &Path| {
             let mut command = self.for_packages("apt-get");
             command
                 .args(["install", "-qq", "-y", "--no-install-recommends", option])
                 .arg("-o")
-                .arg(format!("Dir::Cache::archives={}", to.display()))
+                .arg(format!("Dir::Cache::archives={}", archives.display()))
                 .args(wanted);
             command
         };
-        let listed = output(install("--print-uris")).with_context(|| {
+        let listed = self
+            .pretend_installed(left_out)
+            // Into the empty folder: apt does not list what it has.
+            .and_then(|()| output(install("--print-uris", to)));
+        let names = listed.as_deref().map(files_of).unwrap_or_default();
+        if let (true, Some(updated)) = (names.is_empty(), &self.updated) {
+            updated.check()?;
+        }
+        listed.with_context(|| {
             let list = wanted.join(" ");
             format!("the archive cannot provide these packages of {BINARY_SUITE} together: {list}")
         })?;
-        let total = listed.lines().filter(|line| line.starts_with('\'')).count() as u64;
-        if total == 0 {
+        if names.is_empty() {
             bail!("apt finds nothing to fetch for {}", wanted.join(" "));
         }
+        let total = names.len() as u64;
         std::thread::scope(|scope| {
-            let download = install("--download-only");
+            let download = install("--download-only", &kept);
             let fetch = scope.spawn(|| Job::new("fetching packages", download).run());
             while !fetch.is_finished() {
                 std::thread::sleep(std::time::Duration::from_millis(100));
-                arrived(count_packages(to), total);
+                let here = names.iter().filter(|name| kept.join(name).exists());
+                arrived(here.count() as u64, total);
             }
             fetch
                 .join()
                 .unwrap_or_else(|_| bail!("fetching packages: the thread panicked"))
         })?;
-        match count_packages(to) {
-            count if count == total => Ok(()),
-            count => bail!("apt was to fetch {total} packages and fetched {count}"),
+        for name in &names {
+            fs::hard_link(kept.join(name), to.join(name))
+                .with_context(|| format!("apt was to fetch {name} into {}", kept.display()))?;
         }
+        // Versions that the archive has no more.
+        let mut clean = self.for_packages("apt-get");
+        clean.args(["autoclean", "-qq"]);
+        Job::new("apt-get autoclean", clean).run()
     }
 
     /// Describes a system on which nothing but these packages is installed, and without what they
@@ -453,5 +460,12 @@ mod tests {
             Some("http://d.example/debian/pool/main/q/qemu/")
         );
         assert_eq!(folder_of("E: nothing\n"), None);
+    }
+
+    #[test]
+    fn the_files_that_are_to_be_fetched() {
+        let printed = "'http://d.example/pool/a_1%3a2_amd64.deb' a_1%3a2_amd64.deb 9 SHA256:0\n\
+                       W: a warning\n'http://d.example/pool/b_3_all.deb' b_3_all.deb 8 SHA256:1\n";
+        assert_eq!(files_of(printed), ["a_1%3a2_amd64.deb", "b_3_all.deb"]);
     }
 }

@@ -15,6 +15,12 @@ use crate::progress::{Step, Steps};
 use crate::qemu::Qemu;
 use crate::{cargo, debian, image, kernel, qemu};
 
+/// What the Linux guest needs at least: the kernel's own part, which stays shared, must be a small one.
+const LINUX_LEAST: u64 = 384 << 20;
+
+/// What the lab may take beyond the guest's limit, to start and to show its memory.
+const LAB_EXTRA: Duration = Duration::from_secs(300);
+
 /// Options of `boot`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -35,7 +41,7 @@ pub(crate) struct Options {
     #[arg(long)]
     lab: bool,
 
-    /// Seconds that the guest may take
+    /// Seconds that the guest may run
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     limit: u64,
 
@@ -54,6 +60,17 @@ impl Options {
         let default = if self.linux() { 512 } else { 256 };
         let size = self.size.clone();
         size.unwrap_or_else(|| (format!("{default}M"), default << 20))
+    }
+
+    fn check(&self) -> Result<()> {
+        let (size, bytes) = self.size();
+        if self.linux() && bytes < LINUX_LEAST {
+            bail!(
+                "--size {size} is too little for --guest linux, whose work needs {}M or more",
+                LINUX_LEAST >> 20
+            );
+        }
+        Ok(())
     }
 }
 
@@ -95,6 +112,7 @@ pub(crate) fn boot(ctx: &Context, options: &Options) -> ExitCode {
 }
 
 fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
+    options.check()?;
     let steps = Steps::new(7);
     let ready = |step: Step| step.finish("ready");
 
@@ -170,7 +188,7 @@ fn try_boot(ctx: &Context, options: &Options) -> Result<i32> {
         script: quote(runner_command(RUNNER.to_owned(), paths, options)),
         share: None,
         memory: memory_for(options.size().1),
-        limit: Some(Duration::from_secs(options.limit)),
+        limit: Some(Duration::from_secs(options.limit).saturating_add(LAB_EXTRA)),
         disks: disk.into_iter().collect(),
         programs,
         ..Task::default()
@@ -190,7 +208,9 @@ fn runner_command(runner: String, paths: Vec<String>, options: &Options) -> Vec<
         words.extend(["--scenario".to_owned(), scenario.clone()]);
     }
     words.extend(["--size".to_owned(), options.size().0]);
-    words.extend(["--smp".to_owned(), options.smp.to_string(), "--".to_owned()]);
+    words.extend(["--smp".to_owned(), options.smp.to_string()]);
+    words.extend(["--limit".to_owned(), options.limit.to_string()]);
+    words.push("--".to_owned());
     words.extend(options.extra.iter().cloned());
     words
 }
@@ -294,6 +314,33 @@ pub(crate) fn lab(ctx: &Context, options: LabOptions) -> Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn options(words: &[&str]) -> Options {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            options: Options,
+        }
+        <Line as clap::Parser>::try_parse_from([&["boot"], words].concat())
+            .expect("options")
+            .options
+    }
+
+    #[test]
+    fn a_linux_with_too_little_memory_is_refused() {
+        let check = |words: &[&str]| options(words).check().map_err(|error| error.to_string());
+        assert_eq!(check(&["--size", "64M"]), Ok(()));
+        assert_eq!(check(&["--guest", "linux"]), Ok(()));
+        let error = check(&["--guest", "linux", "--size", "256M"]).expect_err("too little");
+        assert!(error.contains("256M") && error.contains("384M"), "{error}");
+    }
+
+    #[test]
+    fn the_limit_reaches_the_runner() {
+        let options = options(&["--limit", "77", "--", "-x"]);
+        let words = runner_command("runner".to_owned(), Vec::new(), &options).join(" ");
+        assert!(words.ends_with("--limit 77 -- -x"), "{words}");
+    }
 
     #[test]
     fn sizes_have_units() {

@@ -4,7 +4,7 @@
 
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -147,7 +147,27 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
         Ok(_) => fs::remove_file(path),
         Err(_) => return Ok(()),
     };
-    result.with_context(|| format!("cannot remove {}", path.display()))
+    match result {
+        // Another run was faster.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result.with_context(|| format!("cannot remove {}", path.display())),
+    }
+}
+
+/// Removes what runs have left that were ended while they made something in a folder. The caller
+/// holds the lock under which all of it is made.
+pub(crate) fn remove_partial(folder: &Path) -> Result<()> {
+    let context = || format!("cannot list {}", folder.display());
+    for entry in fs::read_dir(folder).with_context(context)? {
+        let path = entry.with_context(context)?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "part")
+        {
+            remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes a file only when its content changes, and says whether it did: what
@@ -222,6 +242,15 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 0);
         make_folder(&result, |partial| Ok(fs::write(partial.join("all"), "")?)).expect("complete");
         assert!(result.join("all").exists() && !result.join("half").exists());
+    }
+
+    #[test]
+    fn what_was_left_incomplete_is_removed() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        fs::create_dir_all(dir.path().join("a.part/b")).expect("a folder");
+        fs::write(dir.path().join("c"), "").expect("write");
+        remove_partial(dir.path()).expect("clear away");
+        assert!(!dir.path().join("a.part").exists() && dir.path().join("c").exists());
     }
 
     #[test]

@@ -51,7 +51,8 @@ const FORMAT: &str = "4";
 const KEEP: usize = 2;
 
 /// Folders of every image, beyond those of the packages.
-const FOLDERS: [&str; 14] = [
+const FOLDERS: [&str; 15] = [
+    "usr",
     "usr/bin",
     "usr/sbin",
     "usr/lib",
@@ -147,13 +148,17 @@ impl Userland {
             key = key.add_file(&ctx.root.join(from))?;
         }
         let folder = ctx.cache.join(self.name);
-        fs::create_dir_all(&folder)?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let result = folder.join(key.finish());
+        if result.exists() {
+            cache::touch(&result);
+            return Ok(result.join("image"));
+        }
+        let _lock = cache::lock(&ctx.cache, self.name, step)?;
         if !result.exists() {
-            let _lock = cache::lock(&ctx.cache, self.name, step)?;
-            if !result.exists() {
-                cache::make_folder(&result, |partial| self.make(ctx, step, &list, partial))?;
-            }
+            cache::remove_partial(&folder)?;
+            cache::make_folder(&result, |partial| self.make(ctx, step, &list, partial))
+                .with_context(|| format!("cannot make the image of {}", path.display()))?;
         }
         cache::touch(&result);
         cache::keep_newest(&folder, KEEP)?;
@@ -171,17 +176,18 @@ impl Userland {
         for (from, name) in self.files {
             fs::copy(ctx.root.join(from), root.join(name))
                 .with_context(|| format!("cannot copy {from}"))?;
-            fs::set_permissions(root.join(name), fs::Permissions::from_mode(0o755))?;
+            set_mode(&root.join(name), 0o755)?;
         }
-        fs::write(root.join(SUMS), sums(&root.join(SUMMED))?)?;
+        write_file(&root.join(SUMS), &sums(&root.join(SUMMED))?)?;
         let mut ldconfig = system_command("ldconfig");
         ldconfig.arg("-r").arg(&root);
         Job::new("ldconfig", ldconfig).run()?;
 
         step.say("writing the file system");
         let image = result.join("image");
-        let file = fs::File::create(&image).context("cannot make the image")?;
-        file.set_len(self.size)?;
+        let context = || format!("cannot write {}", image.display());
+        let file = fs::File::create(&image).with_context(context)?;
+        file.set_len(self.size).with_context(context)?;
         let mut mkfs = system_command("mkfs.ext4");
         // No journal, as the image is never repaired, and nothing to initialise later on: that
         // would keep the kernel busy in every run.
@@ -193,9 +199,32 @@ impl Userland {
         Job::new("mkfs.ext4", mkfs)
             .log(&ctx.log(&format!("{}-mkfs", self.name)))
             .run()?;
+        // Before its name says that it is complete.
+        file.sync_all().with_context(context)?;
         cache::remove(&root)?;
         cache::remove(&packages)
     }
+}
+
+/// Makes a folder, for everybody to read whatever the umask.
+fn make_dir(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+    set_mode(path, 0o755)
+}
+
+/// Writes a file, for everybody to read whatever the umask.
+fn write_file(path: &Path, content: &str) -> Result<()> {
+    fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))?;
+    set_mode(path, 0o644)
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .with_context(|| format!("cannot change the mode of {}", path.display()))
+}
+
+fn link(target: &str, path: &Path) -> Result<()> {
+    symlink(target, path).with_context(|| format!("cannot make the link {}", path.display()))
 }
 
 /// Programs for administrators are not in everybody's `PATH`.
@@ -206,7 +235,7 @@ fn system_command(program: &str) -> Command {
 }
 
 fn fetch(ctx: &Context, step: &Step, list: &List, to: &Path) -> Result<()> {
-    fs::create_dir_all(to.join("partial"))?;
+    make_dir(&to.join("partial"))?;
     // Our apt configuration is used by one run at a time.
     let _lock = cache::lock(&ctx.cache, "downloads", step)?;
     step.say("looking for packages in the Debian archive");
@@ -218,11 +247,12 @@ fn fetch(ctx: &Context, step: &Step, list: &List, to: &Path) -> Result<()> {
 }
 
 fn make_skeleton(root: &Path) -> Result<()> {
+    make_dir(root)?;
     for folder in FOLDERS {
-        fs::create_dir_all(root.join(folder))?;
+        make_dir(&root.join(folder))?;
     }
     for (name, target) in LINKS {
-        symlink(target, root.join(name))?;
+        link(target, &root.join(name))?;
     }
     Ok(())
 }
@@ -231,13 +261,13 @@ fn make_skeleton(root: &Path) -> Result<()> {
 fn unpack(step: &Step, packages: &Path, root: &Path, versions: &Path) -> Result<()> {
     step.say("unpacking");
     let mut files = Vec::new();
-    for entry in fs::read_dir(packages)? {
+    for entry in entries(packages)? {
         let path = entry?.path();
         files.extend(path.extension().is_some_and(|e| e == "deb").then_some(path));
     }
     files.sort();
     let names: Vec<String> = files.iter().map(|path| cache::file_name(path)).collect();
-    fs::write(versions, names.join("\n") + "\n")?;
+    write_file(versions, &(names.join("\n") + "\n"))?;
     for (index, (file, name)) in files.iter().zip(&names).enumerate() {
         let mut dpkg = command("dpkg-deb", ["-x"]);
         dpkg.arg(file).arg(root);
@@ -246,6 +276,10 @@ fn unpack(step: &Step, packages: &Path, root: &Path, versions: &Path) -> Result<
     }
     Ok(())
 }
+
+/// Python's module compileall as a program, whatever the umask.
+const COMPILE: &str =
+    "import compileall, os, sys; os.umask(0o022); sys.exit(not compileall.main())";
 
 /// Compiles Python's library by the image's own Python, with the image's own libraries: level 1 would
 /// take ten times as long, in every run.
@@ -259,7 +293,7 @@ fn compile_python(root: &Path) -> Result<()> {
         .arg("--library-path")
         .arg(root.join("usr/lib/x86_64-linux-gnu"))
         .arg(interpreter)
-        .args(["-m", "compileall", "-q", "-p", "/", "-s"])
+        .args(["-c", COMPILE, "-q", "-p", "/", "-s"])
         .args([root, root.join("usr/lib").as_path()])
         .env("PYTHONHOME", root.join("usr"));
     Job::new("compiling Python's library", compile).run()
@@ -272,7 +306,7 @@ fn finish(root: &Path) -> Result<()> {
     }
     for (name, target) in REPLACED {
         cache::remove(&root.join(name))?;
-        symlink(target, root.join(name))?;
+        link(target, &root.join(name))?;
     }
     let text = |path: &str| {
         fs::read_to_string(root.join(path)).with_context(|| format!("no {path} in the image"))
@@ -287,20 +321,24 @@ fn finish(root: &Path) -> Result<()> {
         ("etc/hosts", "127.0.0.1 localhost\n".to_owned()),
         ("etc/hostname", "lab\n".to_owned()),
     ] {
-        fs::write(root.join(path), content).with_context(|| format!("cannot write {path}"))?;
+        write_file(&root.join(path), &content)?;
     }
     for (path, mode) in [("tmp", 0o1777), ("var/tmp", 0o1777), ("root", 0o700)] {
         let path = root.join(path);
-        fs::create_dir_all(&path)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        make_dir(&path)?;
+        set_mode(&path, mode)?;
     }
     Ok(())
+}
+
+fn entries(folder: &Path) -> Result<fs::ReadDir> {
+    fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))
 }
 
 /// The files of a folder as `sha256sum` prints them, in the order of their names.
 fn sums(folder: &Path) -> Result<String> {
     let mut lines = Vec::new();
-    for entry in fs::read_dir(folder)? {
+    for entry in entries(folder)? {
         let path = entry?.path();
         if path.is_file() && !path.is_symlink() {
             let name = cache::file_name(&path);
