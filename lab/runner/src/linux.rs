@@ -15,7 +15,7 @@ use crate::vm::{Size, Vm};
 
 /// Of the guest's memory, what is to be private at least, in percent. The rest is the kernel's image,
 /// its map of all pages, bounce buffers, and what was in use when free memory was converted.
-const PRIVATE_PERCENT: u64 = 85;
+pub(crate) const PRIVATE_PERCENT: u64 = 85;
 
 /// Slots of 2 KiB for bounce buffers: 16 MiB, where the kernel would take 64.
 const BOUNCE_SLOTS: u32 = 8192;
