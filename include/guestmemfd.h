@@ -23,7 +23,7 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 6
+#define GUESTMEMFD_ABI 7
 
 /**
  * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
@@ -35,22 +35,6 @@
  * Elements of the histograms of guestmemfd_stats.
  */
 #define GUESTMEMFD_LATENCY_BUCKETS 24
-
-/**
- * The chunk that is taken unless a user says otherwise, in bytes: what a large page covers.
- */
-#define DEFAULT_CHUNK (2 << 20)
-
-/**
- * Where doubling ends, in bytes, for chunks that do not begin larger: setting the attributes of so
- * much takes some milliseconds.
- */
-#define LARGEST_CHUNK (32 << 20)
-
-/**
- * Number of a histogram's buckets.
- */
-#define LATENCY_BUCKETS 24
 
 /**
  * Guest memory of one size: one object of QEMU's.
@@ -131,7 +115,7 @@ typedef struct guestmemfd_backend_config {
      */
     uint32_t convert_timeout;
     /**
-     * Passed to guestmemfd_callbacks.populate and discard.
+     * Passed to guestmemfd_callbacks.populate, discard and stray.
      */
     void *opaque;
 } guestmemfd_backend_config;
@@ -244,8 +228,8 @@ typedef struct guestmemfd_stats {
      */
     uint64_t lazy_chunk;
     /**
-     * How long requests that moved pages to the private view have taken since the first call of
-     * guestmemfd_backend_stats(): element 0 counts those under 1 us, element N those under 2^N us, the
+     * How long requests that moved pages to the private view have taken since
+     * guestmemfd_backend_watch_latency(): element 0 counts those under 1 us, element N those under 2^N us, the
      * last one the rest.
      */
     uint64_t latency_to_private[GUESTMEMFD_LATENCY_BUCKETS];
@@ -291,7 +275,7 @@ typedef struct guestmemfd_stray {
      */
     uint64_t size;
     /**
-     * Where the guest sees the first one; UINT64_MAX if it does not.
+     * Where the guest sees the first byte; UINT64_MAX if it does not.
      */
     uint64_t gpa;
     /**
@@ -302,8 +286,8 @@ typedef struct guestmemfd_stray {
 
 /**
  * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
- * the thread that entered the library, but `stray`; every one but `gap` may be NULL. None may ask for a
- * conversion, a discard or a change of windows.
+ * the thread that entered the library, but for stray, and for log with what a guard has to say; every
+ * one but `gap` may be NULL. None may ask for a conversion, a discard or a change of windows.
  *
  * begin and end bracket every conversion and discard. begin comes before any claim is taken, so it
  * is the place for a lock that populate and discard need (in QEMU, the BQL): a thread that holds
@@ -312,7 +296,7 @@ typedef struct guestmemfd_stray {
  */
 typedef struct guestmemfd_callbacks {
     /**
-     * Passed to begin, end, prefault, gap, interrupted and log.
+     * Passed to all but populate, discard and stray.
      */
     void *opaque;
     /**
@@ -342,17 +326,19 @@ typedef struct guestmemfd_callbacks {
     int32_t (*gap)(void *opaque, uint64_t gpa, uint64_t size, bool to_private);
     /**
      * The kernel, pins or a refusing populate kept a request of the guest's from being served. Nothing
-     * has changed. Called after end; a guest can cause it as often as it likes. `backend_opaque` is of
-     * the backend that the range begins in, or NULL.
+     * has changed. Called after end; a guest can cause it as often as it likes. `id` is that of the
+     * backend that the range begins in, or NULL.
      */
-    void (*failed)(void *backend_opaque,
+    void (*failed)(void *opaque,
+                   const char *id,
                    uint64_t gpa,
                    uint64_t size,
                    bool to_private,
                    const char *message);
     /**
-     * A guard has caught an access to private bytes. Called from a thread of the library's, while the
-     * thread that was caught waits.
+     * A guard has caught an access to private bytes. Called from a thread of the library's while the
+     * thread that was caught, if it is one of this process, waits: so it must not wait for a lock that
+     * the other may hold, touch guest memory, or free the backend.
      */
     void (*stray)(void *backend_opaque, const struct guestmemfd_stray *stray);
     /**
@@ -503,8 +489,8 @@ int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
                                struct guestmemfd_error *error);
 
 /**
- * Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and nothing is done, if a page of
- * them is not pinned.
+ * Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and in the end nothing is done, if a
+ * page of them is not pinned; meanwhile a conversion may miss pins of the others.
  */
 int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
                                  uint64_t offset,
@@ -523,6 +509,11 @@ int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
 int32_t guestmemfd_backend_guard(struct guestmemfd_backend *backend,
                                  void *host,
                                  struct guestmemfd_error *error);
+
+/**
+ * Starts to measure how long conversions take, which costs each of them two looks at a clock.
+ */
+int32_t guestmemfd_backend_watch_latency(const struct guestmemfd_backend *backend);
 
 /**
  * Bytes per state and counters, without a scan.

@@ -62,6 +62,17 @@ impl Held {
         })
     }
 
+    fn hold(&mut self, claim: u64, wanted: &[(BackendId, FilePages)]) {
+        let thread = thread::current().id();
+        let ranges = wanted.iter().map(|&(backend, pages)| HeldRange {
+            claim,
+            thread,
+            backend,
+            pages,
+        });
+        self.ranges.extend(ranges);
+    }
+
     /// Does a claim of such a thread overlap the range?
     fn overlaps(
         &self,
@@ -106,15 +117,23 @@ impl Claims {
                 return Err(Interrupted);
             }
         }
-        let thread = thread::current().id();
-        held.ranges
-            .extend(wanted.iter().map(|&(backend, pages)| HeldRange {
-                claim,
-                thread,
-                backend,
-                pages,
-            }));
+        held.hold(claim, wanted);
         Ok(Claim {
+            claims: self,
+            id: claim,
+        })
+    }
+
+    /// The same for those who would rather do without than wait.
+    pub fn try_claim(&self, wanted: &[(BackendId, FilePages)]) -> Option<Claim<'_>> {
+        let mut held = self.held.lock();
+        let claim = held.next_id;
+        if held.blocks(claim, wanted) {
+            return None;
+        }
+        held.next_id += 1;
+        held.hold(claim, wanted);
+        Some(Claim {
             claims: self,
             id: claim,
         })

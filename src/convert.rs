@@ -450,31 +450,28 @@ impl Vm {
     /// The pin has been added, and there are closed pages near it.
     #[inline(never)]
     fn pin_near_private(&self, backend: &Backend, pages: FilePages) -> Result<()> {
-        while let Err(state) = backend.check_pin(pages) {
-            // What this thread has in transition stays so: it is the listener that asks.
-            if state == PageState::Private || self.claims.is_mine(backend.id(), pages) {
-                return Err(Error::NotShared {
-                    backend: backend.config().name.clone(),
-                    pages,
-                });
-            }
-            self.claims.settle(backend.id(), pages);
-            if backend.add_pin(pages) {
-                break;
+        let Err(state) = backend.check_pin(pages) else {
+            return Ok(());
+        };
+        // What this thread has in transition stays so: it is the listener that asks.
+        if state == PageState::Transition && !self.claims.is_mine(backend.id(), pages) {
+            // In its turn, or conversions that follow each other could keep it waiting for ever.
+            let _claim = self.claims.claim_for_sure(&[(backend.id(), pages)]);
+            if backend.add_pin(pages) || backend.check_pin(pages).is_ok() {
+                return Ok(());
             }
         }
-        Ok(())
+        Err(Error::NotShared {
+            backend: backend.config().name.clone(),
+            pages,
+        })
     }
 
     /// May the host use all of these pages? Waits for conversions that other threads have under way.
     pub fn is_populated(&self, backend: &Backend, pages: FilePages) -> bool {
-        loop {
-            self.claims.settle(backend.id(), pages);
-            let settled = backend.all_in(pages, |state| state != PageState::Transition);
-            // What is in transition may be this thread's own, whose listener asks.
-            if settled || !self.claims.is_claimed(backend.id(), pages) {
-                return backend.all_in(pages, PageState::host_may_use);
-            }
-        }
+        // What is in transition may be this thread's own, whose listener asks.
+        let mine = self.claims.is_mine(backend.id(), pages);
+        let _claim = (!mine).then(|| self.claims.claim_for_sure(&[(backend.id(), pages)]));
+        backend.all_in(pages, PageState::host_may_use)
     }
 }

@@ -8,9 +8,10 @@
 //! data where a hole should be, which the guard looks for.
 //!
 //! The price: each first touch of a shared page, the guest's too, is a fault that the guard serves.
-//! It takes no lock for that but those of lookups, and waits for no claim: a conversion that holds
+//! It takes no lock for that but those of lookups, and never waits for a claim: a conversion that holds
 //! one may be waiting for the guard, in a listener that touches the memory.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -36,15 +37,21 @@ const GIVE_BACK: Duration = Duration::from_millis(100);
 /// How often the guard looks for what other processes have left.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// Runs of states that are looked at at once.
+/// What is done before faults, which threads wait for, have their turn again: runs of states that are
+/// looked at, and pages that are given back. And how many faults before the rest has its turn.
 const RUNS: usize = 1024;
+const GIVEN_BACK: usize = 64;
+const FAULTS: usize = 256;
+
+/// How long to wait before a fault that could not be served comes again.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// An access to private pages that went around every check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stray {
     /// What was accessed. Of another process only the pages are known that it has left data in.
     pub pages: FilePages,
-    /// Where the guest sees the first of them, if it does.
+    /// Where the guest sees the first of them, if it does anywhere.
     pub gpa: Option<u64>,
     /// The kernel's id of the thread, which waits until the listener returns; `None` for another
     /// process.
@@ -94,8 +101,10 @@ impl Vm {
             backend: backend.clone(),
             faults,
             stop: stop.clone(),
-            suspects: Vec::new(),
+            suspects: VecDeque::new(),
+            unswept: None,
             swept: Instant::now(),
+            complained: None,
         };
         let thread = worker::spawn("guestmemfd-guard", move || watch.run()).map_err(failed)?;
         Ok(Guard {
@@ -123,8 +132,11 @@ struct Watch {
     faults: Userfault,
     stop: Arc<OwnedFd>,
     /// Pages that were filled although they were not the host's, and when.
-    suspects: Vec<(Instant, FilePages)>,
+    suspects: VecDeque<(Instant, FilePages)>,
+    /// What is left of a sweep, and when the last one was over.
+    unswept: Option<FilePages>,
     swept: Instant,
+    complained: Option<Instant>,
 }
 
 impl Watch {
@@ -135,7 +147,7 @@ impl Watch {
                 Ok(false) => return,
                 Err(error) => return self.give_up(&error),
             }
-            loop {
+            for _ in 0..FAULTS {
                 match self.faults.next() {
                     Ok(Some(fault)) => self.serve(fault),
                     Ok(None) => break,
@@ -143,18 +155,16 @@ impl Watch {
                 }
             }
             self.give_back();
-            if self.swept.elapsed() >= SWEEP && self.suspects.is_empty() {
-                self.sweep();
-                self.swept = Instant::now();
-            }
+            self.sweep();
         }
     }
 
     /// Waits for something to do; false if that is to end.
     fn wait(&self) -> io::Result<bool> {
-        let timeout = match self.suspects.is_empty() {
-            true => SWEEP,
-            false => GIVE_BACK,
+        let timeout = match (&self.unswept, self.suspects.is_empty()) {
+            (Some(_), _) => Duration::ZERO,
+            (None, true) => SWEEP,
+            (None, false) => GIVE_BACK,
         };
         let mut waited = [
             PollFd::new(&self.faults, PollFlags::IN),
@@ -186,18 +196,29 @@ impl Watch {
             self.tell(page, Some(fault.thread));
         }
         if let Err(error) = self.faults.fill(fault.offset) {
+            self.complain(page, &error);
+            std::thread::sleep(PAUSE);
+        }
+        // It may have become private since the look at its state.
+        if !self.state(page.start()).host_may_use() {
+            self.suspects.push_back((Instant::now(), page));
+        }
+    }
+
+    /// Once a second: the fault comes again and again.
+    fn complain(&mut self, page: FilePages, error: &io::Error) {
+        let last = self.complained.map(|last| last.elapsed());
+        if last.is_none_or(|last| last >= Duration::from_secs(1)) {
+            self.complained = Some(Instant::now());
             let name = &self.backend.config().name;
             let message = format!("cannot fill {page} of backend '{name}': {error}");
             self.vm.listener.log(Level::Error, &message);
         }
-        // It may have become private since the look at its state.
-        if !self.state(page.start()).host_may_use() {
-            self.suspects.push((Instant::now(), page));
-        }
     }
 
     fn tell(&self, pages: FilePages, thread: Option<u32>) {
-        let places = self.vm.windows.read().places(self.backend.id(), pages);
+        let first = FilePages::new(pages.start(), pages.start() + 1).unwrap_or(pages);
+        let places = self.vm.windows.read().places(self.backend.id(), first);
         let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
         self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
         self.vm
@@ -207,10 +228,17 @@ impl Watch {
 
     /// Frees what was filled in private pages, once its thread has had its time.
     fn give_back(&mut self) {
-        let suspects = std::mem::take(&mut self.suspects);
-        for (since, page) in suspects {
-            if since.elapsed() < GIVE_BACK || !self.punch_if_private(page) {
-                self.suspects.push((since, page));
+        for _ in 0..self.suspects.len().min(GIVEN_BACK) {
+            match self.suspects.pop_front() {
+                Some((since, page)) if since.elapsed() < GIVE_BACK => {
+                    // Those behind it have come later.
+                    self.suspects.push_front((since, page));
+                    return;
+                }
+                Some((_, page)) if !self.punch_if_private(page) => {
+                    self.suspects.push_back((Instant::now(), page));
+                }
+                _ => {}
             }
         }
     }
@@ -218,35 +246,39 @@ impl Watch {
     /// False if a conversion has claimed the page, or if the kernel refuses.
     fn punch_if_private(&self, page: FilePages) -> bool {
         let wanted = [(self.backend.id(), page)];
-        let Ok(_claim) = self.vm.claims.claim(&wanted, || true) else {
+        let Some(_claim) = self.vm.claims.try_claim(&wanted) else {
             return false;
         };
         self.state(page.start()) != PageState::Private
             || self.backend.punch(page, View::Shared).is_ok()
     }
 
-    /// Looks for data in all private pages.
-    fn sweep(&self) {
-        let mut rest = Some(self.backend.pages());
-        while let Some(pages) = rest {
-            let map = self.backend.state_map(pages, RUNS);
-            let private = map.runs.iter().filter(|(_, s)| *s == PageState::Private);
-            for (run, _) in private {
-                // A file that cannot be asked is asked again the next time.
-                let data = self.backend.data_within(*run, View::Shared);
-                for pages in data.unwrap_or_default() {
-                    self.free_if_strange(pages);
-                }
+    /// Looks for data in private pages, part by part.
+    fn sweep(&mut self) {
+        if self.unswept.is_none() && self.swept.elapsed() >= SWEEP {
+            self.unswept = Some(self.backend.pages());
+        }
+        let Some(pages) = self.unswept else { return };
+        let map = self.backend.state_map(pages, RUNS);
+        let private = map.runs.iter().filter(|(_, s)| *s == PageState::Private);
+        for (run, _) in private {
+            // A file that cannot be asked is asked again the next time.
+            let data = self.backend.data_within(*run, View::Shared);
+            for pages in data.unwrap_or_default() {
+                self.free_if_strange(pages);
             }
-            rest = map.rest;
+        }
+        self.unswept = map.rest;
+        if self.unswept.is_none() {
+            self.swept = Instant::now();
         }
     }
 
-    /// Frees data in private pages that no conversion is to free. The next sweep sees what is in the
+    /// Frees data in private pages that nobody is to free anyway. The next sweep sees what is in the
     /// way of this one.
     fn free_if_strange(&self, pages: FilePages) {
         let wanted = [(self.backend.id(), pages)];
-        let Ok(claim) = self.vm.claims.claim(&wanted, || true) else {
+        let Some(claim) = self.vm.claims.try_claim(&wanted) else {
             return;
         };
         let owed = self.backend.first_unpunched(pages, View::Shared);
@@ -257,8 +289,12 @@ impl Watch {
         {
             return;
         }
-        let data = self.backend.data_within(pages, View::Shared);
-        let mut strange = data.unwrap_or_default();
+        let mut strange = self
+            .backend
+            .data_within(pages, View::Shared)
+            .unwrap_or_default();
+        let is_suspect = |pages: &FilePages| self.suspects.iter().any(|(_, p)| p.overlaps(*pages));
+        strange.retain(|pages| !is_suspect(pages));
         strange.retain(|pages| self.backend.punch(*pages, View::Shared).is_ok());
         drop(claim);
         for pages in strange {

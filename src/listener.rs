@@ -19,7 +19,8 @@ pub enum Level {
     Warning,
 }
 
-/// The user of a VM. All but `stray` are called from the thread that entered the library; none may ask for a
+/// The user of a VM. All but `stray` are called from the thread that entered the library, and `log` from a guard's
+/// too; none may ask for a
 /// conversion, a discard, an access to guest memory or a change of the layout.
 ///
 /// `begin` and `end` bracket every conversion and discard. `begin` comes before any claim is taken,

@@ -11,7 +11,6 @@ use crate::addr::GuestPages;
 use crate::backend::Backend;
 use crate::convert::Neighbours;
 use crate::error::{Error, Result};
-use crate::listener::Level;
 use crate::state::View;
 use crate::stats::{Counters, Latencies};
 use crate::vm::Vm;
@@ -68,11 +67,8 @@ impl Vm {
             result => result,
         };
         let result = match self.watch(backend.as_deref(), guest, to, serve) {
-            // The guest touches it again, and waits again.
-            Err(pinned @ Error::Pinned { .. }) => {
-                self.listener.log(Level::Warning, &pinned.to_string());
-                Ok(0)
-            }
+            // The guest touches it again, and waits again. The listener has been told.
+            Err(Error::Pinned { .. }) => Ok(0),
             result => result,
         };
         count(backend.as_deref(), result, |counters| {

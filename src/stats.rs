@@ -48,7 +48,7 @@ pub type Latency = [u64; LATENCY_BUCKETS];
 
 type Buckets = [AtomicU64; LATENCY_BUCKETS];
 
-/// How long conversions take, from when somebody first asked for it: nobody else pays for clocks.
+/// How long conversions take, from when somebody wanted to know: nobody else pays for clocks.
 #[derive(Debug, Default)]
 pub(crate) struct Latencies {
     watched: AtomicBool,
@@ -78,7 +78,6 @@ impl Latencies {
     }
 
     fn read(&self, to: View) -> Latency {
-        self.watched.store(true, Ordering::Relaxed);
         std::array::from_fn(|index| self.of(to)[index].load(Ordering::Relaxed))
     }
 }
@@ -121,15 +120,21 @@ pub struct BackendStats {
     pub pinned: u64,
     /// Bytes whose hole is still to be punched.
     pub unpunched: u64,
-    /// How long requests that moved pages to the shared view have taken since the first time that
-    /// somebody asked.
+    /// How long requests that moved pages to the shared view have taken since
+    /// [`Backend::watch_latency`].
     pub latency_to_shared: Latency,
     /// The same for the private view.
     pub latency_to_private: Latency,
 }
 
 impl Backend {
-    /// Bytes per state and counters. Starts to measure latencies.
+    /// Starts to measure how long conversions take.
+    pub fn watch_latency(&self) {
+        let watched = &self.counters.latencies.watched;
+        watched.store(true, Ordering::Relaxed);
+    }
+
+    /// Bytes per state and counters.
     pub fn stats(&self) -> BackendStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.counters;
@@ -181,10 +186,11 @@ mod tests {
     }
 
     #[test]
-    fn latencies_are_measured_once_somebody_has_asked() {
+    fn latencies_are_measured_once_somebody_watches() {
         let latencies = Latencies::default();
         assert_eq!(latencies.start(), None);
         assert_eq!(latencies.read(View::Private).iter().sum::<u64>(), 0);
+        latencies.watched.store(true, Ordering::Relaxed);
         latencies.end(latencies.start(), View::Private);
         assert_eq!(latencies.read(View::Private).iter().sum::<u64>(), 1);
         assert_eq!(latencies.read(View::Shared).iter().sum::<u64>(), 0);

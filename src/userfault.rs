@@ -94,7 +94,7 @@ impl Userfault {
     }
 
     /// Fills the hole at an offset with a page of zeros, if it still is one, and lets the threads go on
-    /// that wait for it.
+    /// that wait for it. They do on an error as well, and then fault again.
     pub(crate) fn fill(&self, offset: u64) -> io::Result<()> {
         let mut range = uffdio_range {
             start: self.start + offset,
@@ -105,12 +105,14 @@ impl Userfault {
             mode: 0,
             zeropage: 0,
         };
-        match update::<{ UFFDIO_ZEROPAGE as Opcode }, _>(&self.fd, &mut page) {
-            // Somebody else has: those who wait have not been woken.
-            Err(Errno::EXIST) => Ok(update::<{ UFFDIO_WAKE as Opcode }, _>(
-                &self.fd, &mut range,
-            )?),
-            result => Ok(result?),
+        let Err(error) = update::<{ UFFDIO_ZEROPAGE as Opcode }, _>(&self.fd, &mut page) else {
+            return Ok(());
+        };
+        update::<{ UFFDIO_WAKE as Opcode }, _>(&self.fd, &mut range)?;
+        match error {
+            // Somebody else has filled it, or the kernel was in the way for a moment.
+            Errno::EXIST | Errno::AGAIN => Ok(()),
+            error => Err(error.into()),
         }
     }
 }

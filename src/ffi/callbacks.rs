@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::raw::{c_char, c_void};
 
@@ -13,8 +13,8 @@ use crate::listener::{Level, Listener};
 use crate::state::View;
 
 /// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
-/// the thread that entered the library, but `stray`; every one but `gap` may be NULL. None may ask for a
-/// conversion, a discard or a change of windows.
+/// the thread that entered the library, but for stray, and for log with what a guard has to say; every
+/// one but `gap` may be NULL. None may ask for a conversion, a discard or a change of windows.
 ///
 /// begin and end bracket every conversion and discard. begin comes before any claim is taken, so it
 /// is the place for a lock that populate and discard need (in QEMU, the BQL): a thread that holds
@@ -23,7 +23,7 @@ use crate::state::View;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct guestmemfd_callbacks {
-    /// Passed to begin, end, prefault, gap, interrupted and log.
+    /// Passed to all but populate, discard and stray.
     pub opaque: *mut c_void,
     /// A request begins. Are populate and discard to be called in it?
     pub begin: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
@@ -42,19 +42,21 @@ pub struct guestmemfd_callbacks {
         unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to_private: bool) -> i32,
     >,
     /// The kernel, pins or a refusing populate kept a request of the guest's from being served. Nothing
-    /// has changed. Called after end; a guest can cause it as often as it likes. `backend_opaque` is of
-    /// the backend that the range begins in, or NULL.
+    /// has changed. Called after end; a guest can cause it as often as it likes. `id` is that of the
+    /// backend that the range begins in, or NULL.
     pub failed: Option<
         unsafe extern "C" fn(
-            backend_opaque: *mut c_void,
+            opaque: *mut c_void,
+            id: *const c_char,
             gpa: u64,
             size: u64,
             to_private: bool,
             message: *const c_char,
         ),
     >,
-    /// A guard has caught an access to private bytes. Called from a thread of the library's, while the
-    /// thread that was caught waits.
+    /// A guard has caught an access to private bytes. Called from a thread of the library's while the
+    /// thread that was caught, if it is one of this process, waits: so it must not wait for a lock that
+    /// the other may hold, touch guest memory, or free the backend.
     pub stray:
         Option<unsafe extern "C" fn(backend_opaque: *mut c_void, stray: *const guestmemfd_stray)>,
     /// Should a thread that waits for a claim give up (-EINTR)?
@@ -144,11 +146,13 @@ impl Listener for CListener {
     }
 
     fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, error: &Error) {
-        let opaque = backend.map_or(std::ptr::null_mut(), opaque_of);
+        let id = backend.and_then(|backend| CString::new(backend.config().name.as_str()).ok());
+        let id = id.as_deref().map_or(std::ptr::null(), CStr::as_ptr);
         let (gpa, size) = (guest.start_bytes(), guest.bytes());
         if let (Some(failed), Ok(message)) = (self.0.failed, CString::new(error.to_string())) {
-            // SAFETY: see begin; the string lives until the function returns.
-            unsafe { failed(opaque, gpa, size, to == View::Private, message.as_ptr()) }
+            let (opaque, private) = (self.0.opaque, to == View::Private);
+            // SAFETY: see begin; the strings live until the function returns.
+            unsafe { failed(opaque, id, gpa, size, private, message.as_ptr()) }
         }
     }
 

@@ -13,7 +13,7 @@ use crate::stats::LATENCY_BUCKETS;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 6;
+pub const GUESTMEMFD_ABI: u32 = 7;
 
 /// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
 /// cannot carry a guest_memfd.
@@ -101,7 +101,7 @@ pub struct guestmemfd_stray {
     pub offset: u64,
     /// How many bytes they have.
     pub size: u64,
-    /// Where the guest sees the first one; UINT64_MAX if it does not.
+    /// Where the guest sees the first byte; UINT64_MAX if it does not.
     pub gpa: u64,
     /// The kernel's id of the thread; 0 if it belongs to another process.
     pub thread: u32,
@@ -134,7 +134,7 @@ pub struct guestmemfd_backend_config {
     /// How many milliseconds a request waits for pages that are to become private but are pinned; 0
     /// stands for a second.
     pub convert_timeout: u32,
-    /// Passed to guestmemfd_callbacks.populate and discard.
+    /// Passed to guestmemfd_callbacks.populate, discard and stray.
     pub opaque: *mut c_void,
 }
 
@@ -186,8 +186,8 @@ pub struct guestmemfd_stats {
     pub discard: guestmemfd_discard,
     /// Bytes of the chunk of lazy attributes; 0 without them.
     pub lazy_chunk: u64,
-    /// How long requests that moved pages to the private view have taken since the first call of
-    /// guestmemfd_backend_stats(): element 0 counts those under 1 us, element N those under 2^N us, the
+    /// How long requests that moved pages to the private view have taken since
+    /// guestmemfd_backend_watch_latency(): element 0 counts those under 1 us, element N those under 2^N us, the
     /// last one the rest.
     pub latency_to_private: [u64; GUESTMEMFD_LATENCY_BUCKETS],
     /// The same for the shared view.

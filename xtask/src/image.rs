@@ -17,12 +17,13 @@ use crate::progress::Step;
 use crate::qemu::Qemu;
 
 /// What SeaBIOS and QEMU's own loader need: where it may be found.
-const FIRMWARE: [&str; 5] = [
+const FIRMWARE: [&str; 6] = [
     "bios-256k.bin",
     "kvmvapic.bin",
     "linuxboot_dma.bin",
     "multiboot_dma.bin",
     "pvh.bin",
+    "vgabios-stdvga.bin",
 ];
 pub(crate) const FIRMWARE_FOLDERS: [&str; 5] = [
     "/usr/share/seabios",

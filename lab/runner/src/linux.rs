@@ -43,6 +43,8 @@ pub(crate) enum Job {
     Balloon,
     /// Fills its memory, and again when what was free then has been reported.
     Report,
+    /// Fills its memory when it has got more, and again when it has lost that.
+    Grow,
 }
 
 impl Job {
@@ -51,6 +53,7 @@ impl Job {
             Self::Work => "work",
             Self::Balloon => "balloon",
             Self::Report => "report",
+            Self::Grow => "grow",
         }
     }
 }
@@ -68,7 +71,8 @@ impl Files {
         let disk = self.disk.as_ref().context(missing)?;
         let append = format!(
             "console=ttyS0 loglevel=4 panic=-1 root=/dev/vda rw init=/usr/sbin/lab-init \
-             kvm_sw_protected=on swiotlb={BOUNCE_SLOTS} lab_do={}",
+             kvm_sw_protected=on swiotlb={BOUNCE_SLOTS} memhp_default_state=online_movable \
+             lab_do={}",
             job.name()
         );
         let mut vm = Vm::protected(size);
@@ -80,6 +84,14 @@ impl Files {
             format!("if=none,id=root,format=raw,snapshot=on,file={file}"),
         ];
         Ok(vm.with_arguments(&format!("-device virtio-blk-pci,drive=root,{VIRTIO}")))
+    }
+
+    /// The same guest without private memory.
+    pub(crate) fn ordinary_vm(&self, job: Job, size: Size, smp: u32) -> Result<Vm> {
+        Ok(Vm {
+            confidential: None,
+            ..self.vm(job, size, smp)?
+        })
     }
 }
 

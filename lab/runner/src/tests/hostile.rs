@@ -18,22 +18,25 @@ const OVERHEAD: u64 = 16 << 20;
 
 pub(super) fn tests() -> Vec<Test> {
     let needs = &[Need::PrivateMemory, Need::StrictMode];
-    let test = |name: &str, count, limit| {
+    let test = |name: &str, count, smp, limit| {
         Test::new(format!("hostile/{name}"), needs, move |context| {
-            hostile(context, count, Duration::from_secs(limit))
+            hostile(context, count, smp, Duration::from_secs(limit))
         })
     };
     vec![
-        test("1e5", 100_000, 300),
-        test("1e6", 1_000_000, 1800).only_in_full(),
+        test("1e5", 100_000, 2, 300),
+        test("1e4-1", 10_000, 1, 300).only_in_full(),
+        test("1e4-4", 10_000, 4, 300).only_in_full(),
+        test("1e4-8", 10_000, 8, 300),
+        test("1e6", 1_000_000, 2, 1800).only_in_full(),
     ]
 }
 
-/// `count` calls and touches.
-fn hostile(context: &Context, count: u64, limit: Duration) -> Result<()> {
+/// `count` calls and touches, shared out among the CPUs.
+fn hostile(context: &Context, count: u64, smp: u32, limit: Duration) -> Result<()> {
     let _strict = Strict::on()?;
     let words = format!("count={count} timeout={}", limit.as_secs());
-    let vm = Vm::conformance(&context.files, Scenario::Hostile, true, SIZE, 2).with_words(&words);
+    let vm = Vm::conformance(&context.files, Scenario::Hostile, true, SIZE, smp).with_words(&words);
     let mut qemu = context.start(&vm)?;
     let before = (Holdings::of(qemu.pid())?, memory::kernel_bytes()?);
     guest::run(&mut qemu, limit)?;

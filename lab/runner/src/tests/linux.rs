@@ -15,7 +15,7 @@ use crate::probe::Need;
 use crate::qemu::Qemu;
 use crate::query::{self, human};
 use crate::tap::Tap;
-use crate::vm::{Size, Vm};
+use crate::vm::{BACKEND, Size, Vm};
 
 const SIZE: Size = Size(512 << 20);
 
@@ -36,9 +36,19 @@ pub(super) fn tests(files: &Files) -> Vec<Test> {
             work(context, smp)
         })
     };
+    let mapped = |bind| {
+        Test::new(
+            format!("linux/mapped-bind-{bind}"),
+            &[Need::MappedMemory],
+            move |context| in_mapped_memory(context, bind),
+        )
+    };
     vec![
         work(1),
         work(2),
+        mapped("off"),
+        mapped("on").only_in_full(),
+        Test::new("linux/virtio-mem", needs, virtio_mem).only_in_full(),
         Test::new("linux/balloon", needs, balloon).only_in_full(),
         Test::new("linux/reporting", needs, reporting).only_in_full(),
     ]
@@ -49,6 +59,70 @@ fn work(context: &Context, smp: u32) -> Result<()> {
     let mut qemu = context.start(&vm)?;
     linux::run(&mut qemu, LIMIT)?;
     end(&mut qemu, Tap::default())
+}
+
+/// An ordinary VM, with a screen.
+fn in_mapped_memory(context: &Context, bind: &str) -> Result<()> {
+    let vm = context.files.linux.ordinary_vm(Job::Work, SIZE, 2)?;
+    let vm = vm
+        .with_backend_properties(&format!("bind={bind}"))
+        .with_arguments("-device VGA");
+    let mut qemu = context.start(&vm)?;
+    linux::run(&mut qemu, LIMIT)?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        backend.mode == "mapped" && backend.shared_bytes == SIZE.0,
+        "not an ordinary VM's memory: {backend:?}"
+    );
+    let screen = json!({"command-line": "xp /80xh 0xb8000"});
+    let screen = qemu.qmp.run("human-monitor-command", screen)?;
+    // Light grey letters: SeaBIOS has written there, and the screen keeps what the kernel leaves alone.
+    ensure!(
+        screen.as_str().is_some_and(|text| text.contains("0x07")),
+        "nothing is on the screen: {screen}"
+    );
+    linux::finish(&mut qemu, Tap::default())?;
+    Ok(())
+}
+
+/// Memory that comes and goes by virtio-mem, on a backend of its own. The guest uses it as shared.
+fn virtio_mem(context: &Context) -> Result<()> {
+    const MORE: u64 = 256 << 20;
+    const GIVEN: u64 = 128 << 20;
+    let vm = context
+        .files
+        .linux
+        .vm(Job::Grow, SIZE, 1)?
+        .with_arguments(&format!(
+            "-m {}M,maxmem=4G -object {BACKEND},id=more,size={MORE} \
+         -device virtio-mem-pci,id=vmem,memdev=more,{VIRTIO}",
+            SIZE.0 >> 20
+        ));
+    let mut tap = Tap::default();
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    let request = |qemu: &mut Qemu, size: u64| {
+        let path = json!({"path": "/machine/peripheral/vmem", "property": "requested-size", "value": size});
+        qemu.qmp.run("qom-set", path)
+    };
+    let allocated = |qemu: &mut Qemu| -> Result<u64> {
+        let backends = query::backends(&mut qemu.qmp)?;
+        let more = backends.iter().find(|backend| backend.id == "more");
+        Ok(more.context("no backend 'more'")?.shared_allocated)
+    };
+    linux::wait_line(&qemu, &mut tap, "# ready", LIMIT)?;
+    request(&mut qemu, GIVEN)?;
+    linux::wait_line(&qemu, &mut tap, "# grown", LIMIT)?;
+    let grown = allocated(&mut qemu)?;
+    request(&mut qemu, 0)?;
+    guest::run(&mut qemu, LIMIT)?;
+    let shrunk = allocated(&mut qemu)?;
+    ensure!(
+        grown > GIVEN / 2 && shrunk == 0,
+        "the guest was given {GIVEN} bytes; the file had {grown}, and has {shrunk} now"
+    );
+    linux::finish(&mut qemu, tap)?;
+    Ok(())
 }
 
 /// What must hold after every run.
