@@ -45,7 +45,7 @@ pub(super) fn tests(files: &Files) -> Vec<Test> {
     };
     vec![
         work(1),
-        work(2),
+        work(2).only_in_full(),
         mapped("off"),
         mapped("on").only_in_full(),
         Test::new("linux/virtio-mem", needs, virtio_mem).only_in_full(),
