@@ -50,6 +50,7 @@ pub(super) fn tests(files: &Files) -> Vec<Test> {
         mapped("on").only_in_full(),
         Test::new("linux/virtio-mem", needs, virtio_mem).only_in_full(),
         Test::new("linux/balloon", needs, balloon).only_in_full(),
+        Test::new("linux/balloon-everything", needs, balloon_everything).only_in_full(),
         Test::new("linux/reporting", needs, reporting).only_in_full(),
     ]
 }
@@ -225,6 +226,26 @@ fn balloon(context: &Context) -> Result<()> {
 
 /// What goes into the balloon to tell the guest that it may go on.
 const SIGNAL: u64 = 4 << 20;
+
+/// The guest is to give all of its memory, which it cannot survive. QEMU can.
+fn balloon_everything(context: &Context) -> Result<()> {
+    let mut tap = Tap::default();
+    let vm = balloon_vm(context, Job::Balloon, "")?;
+    let (mut qemu, full) = filled(context, &vm, &mut tap)?;
+    qemu.qmp.run("balloon", json!({"value": 1 << 20}))?;
+    let least = Has::until_allocated(&mut qemu, SIZE.0 / 4, 0)?;
+    println!("# full {full:?}, then {least:?}");
+    // It runs out of memory, and starts anew or stands still.
+    thread::sleep(Duration::from_secs(10));
+    qemu.alive()?;
+    qemu.qmp.run("balloon", json!({"value": SIZE.0}))?;
+    qemu.qmp.run("stop", json!({}))?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    guests::settled(&backend)?;
+    freed::files_match(&backend, qemu.pid())?;
+    ensure!(qemu.quit()?.status.success(), "QEMU did not end well");
+    Ok(())
+}
 
 /// What the guest has freed goes to the host, and is private all the same.
 fn reporting(context: &Context) -> Result<()> {
