@@ -118,10 +118,7 @@ impl Claims {
             }
         }
         held.hold(claim, wanted);
-        Ok(Claim {
-            claims: self,
-            id: claim,
-        })
+        Ok(self.granted(claim))
     }
 
     /// The same for those who would rather do without than wait.
@@ -133,10 +130,11 @@ impl Claims {
         }
         held.next_id += 1;
         held.hold(claim, wanted);
-        Some(Claim {
-            claims: self,
-            id: claim,
-        })
+        Some(self.granted(claim))
+    }
+
+    fn granted(&self, id: u64) -> Claim<'_> {
+        Claim { claims: self, id }
     }
 
     /// The same for those who cannot give up.
@@ -148,25 +146,10 @@ impl Claims {
         }
     }
 
-    /// Does another thread's claim overlap the range?
-    pub fn is_claimed(&self, backend: BackendId, pages: FilePages) -> bool {
-        let me = thread::current().id();
-        self.held.lock().overlaps(backend, pages, |t| t != me)
-    }
-
     /// Does a claim of this thread overlap the range?
     pub fn is_mine(&self, backend: BackendId, pages: FilePages) -> bool {
         let me = thread::current().id();
         self.held.lock().overlaps(backend, pages, |t| t == me)
-    }
-
-    /// Waits until no other thread's claim overlaps the range.
-    pub fn settle(&self, backend: BackendId, pages: FilePages) {
-        let me = thread::current().id();
-        let mut held = self.held.lock();
-        while held.overlaps(backend, pages, |t| t != me) {
-            self.released.wait(&mut held);
-        }
     }
 }
 
@@ -255,21 +238,25 @@ mod tests {
     }
 
     #[test]
-    fn settle_waits_for_others_but_not_for_oneself() {
+    fn what_others_hold_is_waited_for_or_done_without() {
         let claims = Claims::default();
+        let wanted = [(RAM, pages(0, 1))];
         let held = claims.claim(&[(RAM, pages(0, 4))], || true).unwrap();
-        claims.settle(RAM, pages(0, 1));
-        let settled = AtomicBool::new(false);
+        assert!(claims.is_mine(RAM, pages(0, 1)));
+        let granted = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {
-                claims.settle(RAM, pages(0, 1));
-                settled.store(true, Ordering::SeqCst);
+                assert!(!claims.is_mine(RAM, pages(0, 1)));
+                assert!(claims.try_claim(&wanted).is_none());
+                drop(claims.claim_for_sure(&wanted));
+                granted.store(true, Ordering::SeqCst);
             });
             thread::sleep(Duration::from_millis(30));
-            assert!(!settled.load(Ordering::SeqCst));
+            assert!(!granted.load(Ordering::SeqCst));
             drop(held);
         });
-        assert!(settled.load(Ordering::SeqCst));
+        assert!(granted.load(Ordering::SeqCst));
+        assert!(claims.try_claim(&wanted).is_some());
     }
 
     #[test]
@@ -360,13 +347,13 @@ mod schedules {
                 let claims = claims.clone();
                 thread::spawn(move || {
                     drop(claims.claim(&[(RAM, pages(3, 4))], || false).unwrap());
-                    claims.settle(RAM, pages(0, 4));
+                    drop(claims.claim_for_sure(&[(RAM, pages(0, 4))]));
                 })
             };
             drop(held);
             gives_up.join().unwrap();
             behind.join().unwrap();
-            assert!(!claims.is_claimed(RAM, pages(0, 8)));
+            assert!(claims.try_claim(&[(RAM, pages(0, 8))]).is_some());
         });
     }
 }

@@ -9,19 +9,25 @@ use crate::addr::PAGE_SIZE;
 use crate::backend::Backend;
 use crate::state::{PageState, View};
 
-/// Two counters, one for each direction.
+/// One for each direction.
 #[derive(Debug, Default)]
-pub(crate) struct ByView {
-    shared: AtomicU64,
-    private: AtomicU64,
+pub(crate) struct ByView<T = AtomicU64> {
+    shared: T,
+    private: T,
+}
+
+impl<T> ByView<T> {
+    fn of(&self, view: View) -> &T {
+        match view {
+            View::Shared => &self.shared,
+            View::Private => &self.private,
+        }
+    }
 }
 
 impl ByView {
     pub(crate) fn add(&self, view: View, n: u64) {
-        match view {
-            View::Shared => self.shared.fetch_add(n, Ordering::Relaxed),
-            View::Private => self.private.fetch_add(n, Ordering::Relaxed),
-        };
+        self.of(view).fetch_add(n, Ordering::Relaxed);
     }
 }
 
@@ -52,8 +58,7 @@ type Buckets = [AtomicU64; LATENCY_BUCKETS];
 #[derive(Debug, Default)]
 pub(crate) struct Latencies {
     watched: AtomicBool,
-    to_shared: Buckets,
-    to_private: Buckets,
+    counts: ByView<Buckets>,
 }
 
 impl Latencies {
@@ -65,20 +70,14 @@ impl Latencies {
     /// A request that began then has moved pages to a view.
     pub(crate) fn end(&self, started: Option<Instant>, to: View) {
         if let Some(started) = started {
-            let bucket = &self.of(to)[bucket(started.elapsed())];
+            let bucket = &self.counts.of(to)[bucket(started.elapsed())];
             bucket.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn of(&self, to: View) -> &Buckets {
-        match to {
-            View::Shared => &self.to_shared,
-            View::Private => &self.to_private,
-        }
-    }
-
     fn read(&self, to: View) -> Latency {
-        std::array::from_fn(|index| self.of(to)[index].load(Ordering::Relaxed))
+        let counts = self.counts.of(to);
+        std::array::from_fn(|index| counts[index].load(Ordering::Relaxed))
     }
 }
 

@@ -14,7 +14,6 @@ use guestmemfd::listener::Level;
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::*;
 use parking_lot::Mutex;
-use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
@@ -83,20 +82,14 @@ impl Machine {
         }
     }
 
-    fn guard(&self) -> Guard {
-        let address = self.host.as_ptr().addr();
-        self.vm.guard(&self.backend, address).unwrap()
-    }
-
-    /// Says so and returns true where this user may not have a guard; elsewhere there must be one.
-    fn lacks_guard(&self) -> bool {
-        let address = self.host.as_ptr().addr();
-        match self.vm.guard(&self.backend, address) {
+    /// `None` where this user may not have one, which is said; elsewhere there must be one.
+    fn guard(&self) -> Option<Guard> {
+        match self.vm.guard(&self.backend, self.host.as_ptr().addr()) {
             Err(Error::Unsupported { found, .. }) if !rustix::process::geteuid().is_root() => {
                 eprintln!("skipped: {found}");
-                true
+                None
             }
-            _ => false,
+            guard => Some(guard.unwrap()),
         }
     }
 
@@ -121,17 +114,12 @@ impl Machine {
     }
 
     fn holes_where_private(&self) -> bool {
-        let private = |page: &u64| {
-            let state = self.backend.state_runs(file(*page, *page + 1))[0].1;
-            state == PageState::Private
-        };
         let backing = self.backend.backing();
-        let is_hole = |page: u64| {
-            let at = SeekFrom::Data(page * PAGE_SIZE);
-            let data = rustix::fs::seek(backing.file(View::Shared).fd(), at);
-            data.map_or(true, |data| data >= (page + 1) * PAGE_SIZE)
-        };
-        (0..PAGES).filter(private).all(is_hole)
+        let mut runs = self.backend.state_runs(self.backend.pages()).into_iter();
+        runs.all(|(pages, state)| {
+            let data = || backing.file(View::Shared).first_data(pages).unwrap();
+            state != PageState::Private || data().is_none()
+        })
     }
 
     /// Waits until something holds.
@@ -155,10 +143,9 @@ fn page(page: u64) -> FilePages {
 #[test]
 fn a_stray_access_is_told_with_its_thread_and_leaves_nothing() {
     let machine = Machine::new(Discard::Now);
-    if machine.lacks_guard() {
+    let Some(_guard) = machine.guard() else {
         return;
-    }
-    let _guard = machine.guard();
+    };
     machine.write(3, 7);
     machine.convert(3, 2, View::Private);
     assert_eq!(machine.allocated(), 0);
@@ -184,10 +171,7 @@ fn a_stray_access_is_told_with_its_thread_and_leaves_nothing() {
 #[test]
 fn what_the_host_may_use_is_served_in_silence() {
     let machine = Machine::new(Discard::Now);
-    if machine.lacks_guard() {
-        return;
-    }
-    let guard = machine.guard();
+    let Some(guard) = machine.guard() else { return };
     for page in 0..PAGES {
         assert_eq!(machine.read(page), 0);
         machine.write(page, 1 + page as u8);
@@ -209,10 +193,9 @@ fn what_the_host_may_use_is_served_in_silence() {
 fn what_another_mapping_leaves_is_found_and_freed() {
     for discard in [Discard::Now, Discard::Coalesced] {
         let machine = Machine::new(discard);
-        if machine.lacks_guard() {
+        let Some(_guard) = machine.guard() else {
             return;
-        }
-        let _guard = machine.guard();
+        };
         machine.convert(0, PAGES, View::Private);
         machine.vm.drain().unwrap();
         // As far as the kernel is concerned, it might be another process.
@@ -235,10 +218,7 @@ fn what_another_mapping_leaves_is_found_and_freed() {
 #[test]
 fn conversions_and_touches_race_without_a_trace() {
     let machine = Machine::new(Discard::Now);
-    if machine.lacks_guard() {
-        return;
-    }
-    let guard = machine.guard();
+    let Some(guard) = machine.guard() else { return };
     let end = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for thread in 0..2 {

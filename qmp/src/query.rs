@@ -81,7 +81,12 @@ pub fn backends(qmp: &mut Qmp) -> Result<Vec<Backend>> {
 
 /// The one backend of a QEMU that has one.
 pub fn backend(qmp: &mut Qmp) -> Result<Backend> {
-    match <[Backend; 1]>::try_from(backends(qmp)?) {
+    only(backends(qmp)?)
+}
+
+/// The one of an answer that has one.
+pub fn only(backends: Vec<Backend>) -> Result<Backend> {
+    match <[Backend; 1]>::try_from(backends) {
         Ok([backend]) => Ok(backend),
         Err(all) => bail!("one backend expected, query-guestmemfd shows {}", all.len()),
     }

@@ -98,7 +98,7 @@ fn try_boot(options: &Options) -> Result<String> {
     show_memory(&mut qemu)?;
     let limit = Duration::from_secs(options.limit);
     let ran = match linux {
-        true => linux::run(&mut qemu, limit),
+        true => guest::run_through_reboot(&mut qemu, limit),
         false => guest::run(&mut qemu, limit),
     };
     println!("after:");
@@ -108,19 +108,13 @@ fn try_boot(options: &Options) -> Result<String> {
     let after = after?;
     if linux {
         let tap = linux::finish(&mut qemu, Tap::default())?;
-        return linux_summary(&after, &tap);
+        return linux_summary(&query::only(after)?, &tap);
     }
     guest::finish(&mut qemu)?;
     summary(&after)
 }
 
-fn linux_summary(backends: &[Backend], tap: &Tap) -> Result<String> {
-    let [backend] = backends else {
-        bail!(
-            "one backend expected, query-guestmemfd shows {}",
-            backends.len()
-        );
-    };
+fn linux_summary(backend: &Backend, tap: &Tap) -> Result<String> {
     linux::check(backend, tap)?;
     Ok(format!(
         "{} tests of the guest, {} % of its memory private, {} hypercalls",

@@ -109,8 +109,19 @@ pub(crate) fn report_into(qemu: &Qemu, tap: &mut Tap) {
 
 /// Waits until the guest has said a line that begins like this.
 pub(crate) fn wait_line(qemu: &Qemu, begin: &str, limit: Duration) -> Result<String> {
+    wait_line_into(qemu, &mut Tap::default(), begin, limit)
+}
+
+/// The same where all lines up to it count.
+pub(crate) fn wait_line_into(
+    qemu: &Qemu,
+    tap: &mut Tap,
+    begin: &str,
+    limit: Duration,
+) -> Result<String> {
     let deadline = Instant::now() + limit;
     while let Some(line) = qemu.serial_line(deadline.saturating_duration_since(Instant::now())) {
+        tap.line(&line);
         if line.starts_with(begin) {
             return Ok(line);
         }

@@ -3,9 +3,8 @@
 //! on a disk.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::guest;
 use crate::qemu::Qemu;
@@ -97,26 +96,6 @@ impl Files {
 
 /// A device that reaches no memory but what the guest has shared.
 pub(crate) const VIRTIO: &str = "iommu_platform=on,disable-legacy=on";
-
-/// Lets the guest work, reboot once, and switch itself off; QEMU stays.
-pub(crate) fn run(qemu: &mut Qemu, limit: Duration) -> Result<()> {
-    guest::run_through_reboot(qemu, limit)
-}
-
-/// Reads what the guest says up to a line that begins like this, which must come in time.
-pub(crate) fn wait_line(qemu: &Qemu, tap: &mut Tap, begin: &str, limit: Duration) -> Result<()> {
-    let deadline = Instant::now() + limit;
-    while let Some(line) = qemu.serial_line(deadline.saturating_duration_since(Instant::now())) {
-        tap.line(&line);
-        if line.starts_with(begin) {
-            return Ok(());
-        }
-    }
-    bail!(
-        "the guest did not say {begin:?} within {} s",
-        limit.as_secs()
-    )
-}
 
 /// Ends QEMU; the guest must have reported success, in what comes after `tap` as well.
 pub(crate) fn finish(qemu: &mut Qemu, mut tap: Tap) -> Result<Tap> {

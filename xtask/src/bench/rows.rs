@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! From what the guest prints to rows of the report.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use anyhow::{Context as _, Result, ensure};
@@ -102,12 +103,11 @@ pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> R
         mean: line.median,
         ..line.clone()
     };
-    let medians: Vec<Line> = match measurement.is_compared() {
-        true => lines.iter().map(typical).collect(),
-        false => Vec::new(),
+    let lines = match measurement.is_compared() {
+        true => Cow::Owned(lines.iter().map(typical).collect()),
+        false => Cow::Borrowed(lines),
     };
-    let lines = if medians.is_empty() { lines } else { &medians };
-    for line in lines {
+    for line in lines.iter() {
         let name = line.row.clone();
         let per_unit = line.mean / line.units;
         match (line.part.as_str(), clock) {
@@ -120,7 +120,7 @@ pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> R
                 let name = format!("exit-{}", line.direction);
                 rows.add(name, line.mean, "instructions/exit");
             }
-            ("request" | "touch" | "later", _) => rows.add_conversion(line, lines),
+            ("request" | "touch" | "later", _) => rows.add_conversion(line, &lines),
             ("repeat", _) => {
                 let name = line.name() + "-repeat";
                 rows.add(name, line.mean, "instructions/request");

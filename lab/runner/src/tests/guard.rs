@@ -12,17 +12,21 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde_json::json;
 
+use super::query::read_map;
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
 use crate::guest;
 use crate::memory;
 use crate::probe::Need;
 use crate::qemu::Qemu;
-use crate::query::{self, Backend, QueryMap, Run, State};
+use crate::query::{self, Backend, State};
 use crate::strict::Strict;
 use crate::vm::{Scenario, Vm};
 
 /// How long a guard may take to find something.
 const FIND_LIMIT: Duration = Duration::from_secs(30);
+
+/// Runs of states that one answer has room for: enough for all of a guest.
+const RUNS: u32 = 65536;
 
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory];
@@ -97,7 +101,7 @@ fn other_process(context: &Context) -> Result<()> {
     let vm = Vm::conformance(&context.files, Scenario::Hypercall, false, SIZE, 1);
     let mut qemu = context.start(&guests::with_properties(vm, "guard=report"))?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
-    let runs = runs(&mut qemu)?;
+    let runs = read_map(&mut qemu, RUNS)?;
     let private = runs.iter().find(|run| run.state == State::Private);
     let private = private.context("nothing is private")?;
     memfd(qemu.pid())?.write_all_at(&[1], private.offset)?;
@@ -151,7 +155,7 @@ fn given_back(qemu: &mut Qemu) -> Result<()> {
 
 /// The first byte of data where there must be none.
 fn data_in_private(qemu: &mut Qemu, file: &fs::File) -> Result<Option<u64>> {
-    for run in runs(qemu)? {
+    for run in read_map(qemu, RUNS)? {
         let data = rustix::fs::seek(file, SeekFrom::Data(run.offset));
         let data = match data {
             Ok(data) => data,
@@ -164,16 +168,6 @@ fn data_in_private(qemu: &mut Qemu, file: &fs::File) -> Result<Option<u64>> {
         }
     }
     Ok(None)
-}
-
-fn runs(qemu: &mut Qemu) -> Result<Vec<Run>> {
-    let map = qemu.qmp.execute(&QueryMap {
-        id: "ram0",
-        offset: 0,
-        max_runs: 65536,
-    })?;
-    ensure!(map.next.is_none(), "the map has more than 65536 runs");
-    Ok(map.runs)
 }
 
 fn wait(qemu: &mut Qemu, holds: impl Fn(&Backend) -> bool) -> Result<Backend> {

@@ -58,7 +58,7 @@ pub(super) fn tests(files: &Files) -> Vec<Test> {
 fn work(context: &Context, smp: u32) -> Result<()> {
     let vm = context.files.linux.vm(Job::Work, SIZE, smp)?;
     let mut qemu = context.start(&vm)?;
-    linux::run(&mut qemu, LIMIT)?;
+    guest::run_through_reboot(&mut qemu, LIMIT)?;
     end(&mut qemu, Tap::default())
 }
 
@@ -69,7 +69,7 @@ fn in_mapped_memory(context: &Context, bind: &str) -> Result<()> {
         .with_backend_properties(&format!("bind={bind}"))
         .with_arguments("-device VGA");
     let mut qemu = context.start(&vm)?;
-    linux::run(&mut qemu, LIMIT)?;
+    guest::run_through_reboot(&mut qemu, LIMIT)?;
     let backend = query::backend(&mut qemu.qmp)?;
     ensure!(
         backend.mode == "mapped" && backend.shared_bytes == SIZE.0,
@@ -111,9 +111,9 @@ fn virtio_mem(context: &Context) -> Result<()> {
         let more = backends.iter().find(|backend| backend.id == "more");
         Ok(more.context("no backend 'more'")?.shared_allocated)
     };
-    linux::wait_line(&qemu, &mut tap, "# ready", LIMIT)?;
+    guest::wait_line_into(&qemu, &mut tap, "# ready", LIMIT)?;
     request(&mut qemu, GIVEN)?;
-    linux::wait_line(&qemu, &mut tap, "# grown", LIMIT)?;
+    guest::wait_line_into(&qemu, &mut tap, "# grown", LIMIT)?;
     let grown = allocated(&mut qemu)?;
     request(&mut qemu, 0)?;
     guest::run(&mut qemu, LIMIT)?;
@@ -186,7 +186,7 @@ impl Has {
 fn filled(context: &Context, vm: &Vm, tap: &mut Tap) -> Result<(Box<Qemu>, Has)> {
     let mut qemu = context.start(vm)?;
     qemu.qmp.run("cont", json!({}))?;
-    linux::wait_line(&qemu, tap, "# ready", LIMIT)?;
+    guest::wait_line_into(&qemu, tap, "# ready", LIMIT)?;
     let full = Has::now(&mut qemu)?;
     ensure!(
         full.allocated >= SIZE.0 / 8 * 5,
@@ -203,7 +203,7 @@ fn balloon(context: &Context) -> Result<()> {
 
     let half = SIZE.0 / 2;
     qemu.qmp.run("balloon", json!({"value": half}))?;
-    linux::wait_line(&qemu, &mut tap, "# inflated", LIMIT)?;
+    guest::wait_line_into(&qemu, &mut tap, "# inflated", LIMIT)?;
     let inflated = Has::until_allocated(&mut qemu, half, 0)?;
     println!("# full {full:?}, inflated {inflated:?}");
     ensure!(

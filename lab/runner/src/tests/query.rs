@@ -178,7 +178,7 @@ fn map(context: &Context) -> Result<()> {
 }
 
 /// The whole map of ram0, in parts of so many runs.
-fn read_map(qemu: &mut Qemu, max_runs: u32) -> Result<Vec<Run>> {
+pub(super) fn read_map(qemu: &mut Qemu, max_runs: u32) -> Result<Vec<Run>> {
     let mut runs: Vec<Run> = Vec::new();
     let mut offset = 0;
     loop {
