@@ -500,7 +500,8 @@ int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
 /**
  * Guards private bytes, until the backend is freed, against accesses that go around every check:
  * guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
- * file. -EOPNOTSUPP where nothing is private, with GUESTMEMFD_DISCARD_KEEP, and without userfaultfd.
+ * file. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
+ * and without userfaultfd.
  *
  * A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
  * behind is found, within some seconds, and freed. Each first touch of a shared page costs some tens of

@@ -274,8 +274,13 @@ impl Backend {
             .all(|(_, state)| accepted(state))
     }
 
-    /// Pins pages. True if no page near them is private or in transition: the pin holds.
+    /// Pins bytes if they lie in one page near which all are open. If not, nothing is pinned.
     #[inline]
+    pub(crate) fn pin_one(&self, offset: u64, bytes: u64) -> bool {
+        self.pins.add_one(&self.closed, offset, bytes)
+    }
+
+    /// Pins pages. True if no page near them is private or in transition: the pin holds.
     pub(crate) fn add_pin(&self, pages: FilePages) -> bool {
         self.pins.add(pages);
         self.closed.none_near(pages)

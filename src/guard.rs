@@ -70,8 +70,8 @@ impl Vm {
     /// listener hears of [`Stray`] accesses from a thread of the guard's.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where nothing is private, where pages keep their data when they become
-    /// private ([`Discard::Keep`]), and where userfaultfd is not to be had.
+    /// [`Error::Unsupported`] where nothing is private, where memory starts private, where pages keep
+    /// their data when they become private ([`Discard::Keep`]), and where userfaultfd is not to be had.
     pub fn guard(self: &Arc<Self>, backend: &Arc<Backend>, address: usize) -> Result<Guard> {
         let refused = |found: String| Error::Unsupported {
             wanted: format!("a guard for backend '{}'", backend.config().name),
@@ -80,6 +80,13 @@ impl Vm {
         if backend.mode() == Mode::Mapped {
             return Err(refused(
                 "the host maps all memory of this guest, nothing is private".into(),
+            ));
+        }
+        if backend.config().start == PageState::Private {
+            return Err(refused(
+                "its memory starts private, and a launch that is measured may write there through the \
+                 host's mapping, which a guard would undo"
+                    .into(),
             ));
         }
         if backend.config().discard == Discard::Keep {

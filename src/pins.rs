@@ -61,6 +61,13 @@ fn zeroed<T: Zeroable>(count: u64) -> Option<Box<[T]>> {
     try_zeroed_slice_box(usize::try_from(count).ok()?).ok()
 }
 
+/// Takes a pin from a chunk's. False if there is none.
+#[inline]
+fn take_pin(pins: &AtomicU64) -> bool {
+    pins.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1))
+        .is_ok()
+}
+
 /// How many pages of each chunk the host may not use.
 #[derive(Clone, Debug)]
 pub(crate) struct Closed(Arc<Box<[AtomicU32]>>);
@@ -139,6 +146,67 @@ impl Pins {
         self.pinned.load(SeqCst) * PAGE_SIZE
     }
 
+    /// Pins bytes of one page near which no page is closed. False where that is not so, and where there
+    /// is no such page; then nothing is pinned.
+    ///
+    /// Most pins are that, several in every request of a device: nothing here can panic, and all else
+    /// is left to [`Pins::add`] and its caller.
+    #[inline]
+    pub(crate) fn add_one(&self, closed: &Closed, offset: u64, bytes: u64) -> bool {
+        let Some((page, chunk)) = self.one(offset, bytes) else {
+            return false;
+        };
+        let (Some(parts), Some(closed)) = (self.parts.get(chunk), closed.0.get(chunk)) else {
+            return false;
+        };
+        if closed.load(SeqCst) != 0 {
+            return false;
+        }
+        page.fetch_add(1, SeqCst);
+        parts.fetch_add(1, SeqCst);
+        self.pinned.fetch_add(1, SeqCst);
+        // The answer holds only now that the pin is counted.
+        if closed.load(SeqCst) != 0 {
+            self.remove_one(offset, bytes);
+            return false;
+        }
+        true
+    }
+
+    /// Takes back a pin of bytes of one page. False if they are not that, or not pinned.
+    #[inline]
+    pub(crate) fn remove_one(&self, offset: u64, bytes: u64) -> bool {
+        let Some((page, chunk)) = self.one(offset, bytes) else {
+            return false;
+        };
+        let Some(parts) = self.parts.get(chunk) else {
+            return false;
+        };
+        if page
+            .fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1))
+            .is_err()
+        {
+            return false;
+        }
+        if !take_pin(parts) {
+            page.fetch_add(1, SeqCst);
+            return false;
+        }
+        self.removed(1);
+        true
+    }
+
+    /// The counter of the page that some bytes lie in, if it is one, and the number of its chunk.
+    #[inline]
+    fn one(&self, offset: u64, bytes: u64) -> Option<(&AtomicU32, usize)> {
+        // For no bytes the difference wraps.
+        if bytes.wrapping_sub(1) >= PAGE_SIZE - offset % PAGE_SIZE {
+            return None;
+        }
+        let page = offset / PAGE_SIZE;
+        Some((self.pages.get(page as usize)?, (page / CHUNK) as usize))
+    }
+
     /// Pins pages, whoever may own them. The caller looks afterwards whether any is closed.
     #[inline]
     pub(crate) fn add(&self, pages: FilePages) {
@@ -170,14 +238,18 @@ impl Pins {
             Some(part) => self.remove_part(part),
             None => self.remove_parts(pages),
         };
-        if !removed {
-            return false;
+        if removed {
+            self.removed(pages.count());
         }
-        self.pinned.fetch_sub(pages.count(), SeqCst);
+        removed
+    }
+
+    #[inline]
+    fn removed(&self, pages: u64) {
+        self.pinned.fetch_sub(pages, SeqCst);
         if self.waiting.load(SeqCst) > 0 {
             self.wake();
         }
-        true
     }
 
     #[cold]
@@ -203,14 +275,13 @@ impl Pins {
 
     #[inline]
     fn remove_part(&self, part: Part) -> bool {
-        let take = |chunk: &AtomicU64| chunk.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
         if part.is_whole() {
-            return take(&self.whole[part.chunk]).is_ok();
+            return take_pin(&self.whole[part.chunk]);
         }
         let pages = self.counters(part.pages);
         let take_page = |page: &AtomicU32| page.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
         let bad = pages.iter().position(|page| take_page(page).is_err());
-        if bad.is_none() && take(&self.parts[part.chunk]).is_ok() {
+        if bad.is_none() && take_pin(&self.parts[part.chunk]) {
             return true;
         }
         self.give_back(&pages[..bad.unwrap_or(pages.len())]);
@@ -331,6 +402,26 @@ mod tests {
             prop_assert_eq!(pins.first_in(FilePages::new(0, PAGES).unwrap()), None);
         }
 
+        /// Bytes of one page are pinned and unpinned as `add` and `remove` would.
+        #[test]
+        fn a_page_is_pinned_where_none_near_it_is_closed(
+            offset in 0..(PAGES + 1) * PAGE_SIZE,
+            bytes in prop_oneof![0..2 * PAGE_SIZE, Just(u64::MAX)],
+            private in range(),
+        ) {
+            let (pins, closed) = (Pins::new(PAGES).unwrap(), Closed::new(PAGES).unwrap());
+            closed.close(private);
+            let page = FilePages::covering_bytes(offset, bytes)
+                .filter(|page| page.count() == 1 && page.end() <= PAGES && closed.none_near(*page));
+            let all = FilePages::new(0, PAGES).unwrap();
+            prop_assert_eq!(pins.add_one(&closed, offset, bytes), page.is_some());
+            prop_assert_eq!(pins.first_in(all), page);
+            prop_assert_eq!(pins.bytes(), page.map_or(0, FilePages::bytes));
+            prop_assert_eq!(pins.remove_one(offset, bytes), page.is_some());
+            prop_assert!(!pins.remove_one(offset, bytes), "it is not pinned any more");
+            prop_assert_eq!((pins.first_in(all), pins.bytes()), (None, 0));
+        }
+
         #[test]
         fn a_chunk_is_closed_as_long_as_one_of_its_pages_is(
             pages in range(), more in range(), asked in range(),
@@ -343,6 +434,40 @@ mod tests {
             let meet = near(asked).any(|chunk| near(more).contains(&chunk));
             prop_assert_eq!(closed.none_near(asked), !meet);
         }
+    }
+
+    /// Whoever has closed a page and finds no pin has it alone.
+    #[test]
+    fn a_pin_and_a_conversion_see_each_other() {
+        const ROUNDS: u32 = 3_000;
+        let (pins, closed) = (Pins::new(PAGES).unwrap(), Closed::new(PAGES).unwrap());
+        let page = FilePages::new(5, 6).unwrap();
+        let [private, pinned, converted, both] = [const { AtomicU32::new(0) }; 4];
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while converted.load(SeqCst) < ROUNDS {
+                        if pins.add_one(&closed, page.start_bytes(), 1) {
+                            pinned.fetch_add(1, SeqCst);
+                            both.fetch_add(private.load(SeqCst), SeqCst);
+                            assert!(pins.remove_one(page.start_bytes(), 1));
+                        }
+                    }
+                });
+            }
+            while converted.load(SeqCst) < ROUNDS || pinned.load(SeqCst) == 0 {
+                closed.close(page);
+                if pins.first_in(page).is_none() {
+                    private.store(1, SeqCst);
+                    std::thread::yield_now();
+                    private.store(0, SeqCst);
+                    converted.fetch_add(1, SeqCst);
+                }
+                closed.open(page);
+            }
+        });
+        assert_eq!(both.into_inner(), 0, "a page was pinned and private");
+        assert_eq!(pins.bytes(), 0);
     }
 
     #[test]

@@ -63,13 +63,16 @@ fn map(backend: &Backend) -> MmapRegion {
 
 impl Machine {
     fn new(discard: Discard) -> Self {
+        Self::with(BackendConfig {
+            discard,
+            ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
+        })
+    }
+
+    fn with(config: BackendConfig) -> Self {
         let caught = Arc::new(Caught::default());
         let owner = Arc::new(SoftwareOwner::default());
         let vm = Arc::new(Vm::new(owner, Box::new(Handle(caught.clone()))));
-        let config = BackendConfig {
-            discard,
-            ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
-        };
         let backend = vm.create_backend(config).unwrap();
         let all = GuestPages::from_bytes(GPA, PAGES * PAGE_SIZE).unwrap();
         vm.add_window(&backend, all, 0, true).unwrap();
@@ -261,6 +264,14 @@ fn a_guard_that_could_not_do_its_work_is_refused() {
     let address = keep.host.as_ptr().addr();
     let error = keep.vm.guard(&keep.backend, address).unwrap_err();
     assert!(error.to_string().contains("discard=keep"), "{error}");
+
+    let launched = Machine::with(BackendConfig {
+        start: PageState::Private,
+        ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
+    });
+    let address = launched.host.as_ptr().addr();
+    let error = launched.vm.guard(&launched.backend, address).unwrap_err();
+    assert!(error.to_string().contains("starts private"), "{error}");
 
     let machine = Machine::new(Discard::Now);
     let error = machine.vm.guard(&machine.backend, 1 << 20).unwrap_err();

@@ -196,6 +196,21 @@ pub unsafe extern "C" fn guestmemfd_backend_pin(
     size: u64,
     error: *mut guestmemfd_error,
 ) -> i32 {
+    // Most pins. Nothing in it panics, so nothing has to be caught.
+    let one = |backend: &guestmemfd_backend| backend.backend.pin_one(offset, size);
+    match check_ref(backend, "backend").is_ok_and(one) {
+        true => 0,
+        false => pin(backend, offset, size, error),
+    }
+}
+
+#[inline(never)]
+extern "C" fn pin(
+    backend: *const guestmemfd_backend,
+    offset: u64,
+    size: u64,
+    error: *mut guestmemfd_error,
+) -> i32 {
     guard(error, || {
         let backend = check_ref(backend, "backend")?;
         let pages = backend.backend.pages_covering(offset, size)?;
@@ -212,6 +227,21 @@ pub unsafe extern "C" fn guestmemfd_backend_unpin(
     size: u64,
     error: *mut guestmemfd_error,
 ) -> i32 {
+    // As for pins.
+    let one = |backend: &guestmemfd_backend| backend.backend.pins.remove_one(offset, size);
+    match check_ref(backend, "backend").is_ok_and(one) {
+        true => 0,
+        false => unpin(backend, offset, size, error),
+    }
+}
+
+#[inline(never)]
+extern "C" fn unpin(
+    backend: *const guestmemfd_backend,
+    offset: u64,
+    size: u64,
+    error: *mut guestmemfd_error,
+) -> i32 {
     guard(error, || {
         let backend = &check_ref(backend, "backend")?.backend;
         Ok(backend.unpin(backend.pages_covering(offset, size)?)?)
@@ -220,7 +250,8 @@ pub unsafe extern "C" fn guestmemfd_backend_unpin(
 
 /// Guards private bytes, until the backend is freed, against accesses that go around every check:
 /// guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
-/// file. -EOPNOTSUPP where nothing is private, with GUESTMEMFD_DISCARD_KEEP, and without userfaultfd.
+/// file. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
+/// and without userfaultfd.
 ///
 /// A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
 /// behind is found, within some seconds, and freed. Each first touch of a shared page costs some tens of

@@ -20,6 +20,7 @@ pub use error::{GUESTMEMFD_ERROR_SIZE, guestmemfd_error};
 pub use types::*;
 pub use vm::*;
 
+use std::any::Any;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -50,25 +51,28 @@ impl Failure {
     }
 }
 
-/// Runs what a function is for; panics and errors become numbers.
+/// Runs what a function is for; panics and errors become numbers. What has to be carried across the
+/// border of unwinding is one of those: a `Result` would be copied there and back, in every call.
+#[inline]
 fn guard(error: *mut guestmemfd_error, body: impl FnOnce() -> Result<(), Failure>) -> i32 {
-    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let text = panic
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(Failure::Panic(text.unwrap_or("panic").to_owned()))
-    });
-    match result {
+    let number = || match body() {
         Ok(()) => 0,
         Err(failure) => report(error, &failure),
-    }
+    };
+    catch_unwind(AssertUnwindSafe(number)).unwrap_or_else(|panic| report_panic(error, &*panic))
 }
 
 #[cold]
 fn report(error: *mut guestmemfd_error, failure: &Failure) -> i32 {
     error::fill(error, failure.errno(), &failure.to_string());
     -failure.errno()
+}
+
+#[cold]
+fn report_panic(error: *mut guestmemfd_error, panic: &(dyn Any + Send)) -> i32 {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    report(error, &Failure::Panic(text.unwrap_or("panic").to_owned()))
 }
 
 /// For functions that return a plain value: `otherwise` if they panic.

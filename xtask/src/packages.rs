@@ -20,6 +20,7 @@ pub(crate) enum Purpose {
     /// Images with a Debian userland.
     Debian,
     Test,
+    Bench,
 }
 
 /// How to see without dpkg that something is there.
@@ -30,7 +31,7 @@ enum Sign {
     File(&'static str),
 }
 
-use Purpose::{Debian, Image, Kernel, Qemu, Test};
+use Purpose::{Bench, Debian, Image, Kernel, Qemu, Test};
 use Sign::{File, Library, Tool};
 
 const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
@@ -83,7 +84,7 @@ const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
         File("/usr/lib/ipxe/qemu/efi-e1000.rom"),
     ),
     ("perl", &[Test], Tool("perl")),
-    ("valgrind", &[Test], Tool("valgrind")),
+    ("valgrind", &[Test, Bench], Tool("valgrind")),
 ];
 
 /// Makes sure that everything for `purposes` is there.

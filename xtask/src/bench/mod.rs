@@ -6,6 +6,7 @@ pub(crate) mod baseline;
 mod breakdown;
 mod chart;
 mod native;
+mod pins;
 mod plan;
 mod report;
 mod rows;
@@ -78,8 +79,8 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
     }
     let steps = Steps::new(3);
     let step = steps.begin("system packages");
-    use Purpose::{Image, Kernel, Qemu};
-    packages::ensure(ctx, &step, &[Qemu, Kernel, Image])?;
+    use Purpose::{Bench as Measuring, Image, Kernel, Qemu};
+    packages::ensure(ctx, &step, &[Qemu, Kernel, Image, Measuring])?;
     step.finish("ready");
 
     if options.native {
@@ -119,6 +120,7 @@ pub(crate) struct Bench<'a> {
     ctx: &'a Context,
     lab: Lab,
     floor: std::path::PathBuf,
+    library: std::path::PathBuf,
 }
 
 impl<'a> Bench<'a> {
@@ -129,7 +131,13 @@ impl<'a> Bench<'a> {
 
     pub(crate) fn new(ctx: &'a Context, step: &Step, lab: Lab) -> Result<Self> {
         let floor = cargo::floor(ctx, step)?;
-        Ok(Self { ctx, lab, floor })
+        let library = cargo::library(ctx, step)?;
+        Ok(Self {
+            ctx,
+            lab,
+            floor,
+            library,
+        })
     }
 
     fn rows(&self, step: &Step, wanted: &[Measurement], options: &Options) -> Result<Vec<Row>> {

@@ -30,6 +30,9 @@ pub(crate) const SUBJECTS: [(&str, &str); 11] = [
 /// The variant that is the library alone, without QEMU and without a guest.
 const LIBRARY: &str = "library";
 
+/// What pins take in the library, in instructions.
+const PINS: &str = "pins";
+
 /// Several vCPUs at once.
 const SCALE: &str = "scale";
 
@@ -63,6 +66,7 @@ pub(crate) fn all() -> Vec<Measurement> {
         all.extend(of("start", size));
     }
     all.extend(of(LIBRARY, SIZE));
+    all.extend(of(PINS, SIZE));
     all.extend(of(SCALE, SIZE));
     all.retain(Measurement::makes_sense);
     all
@@ -102,8 +106,8 @@ pub(crate) fn check() -> Measurement {
 impl Measurement {
     fn makes_sense(&self) -> bool {
         match (self.bench, self.subject, self.variant) {
-            (bench, _, variant) if (bench == LIBRARY) != (variant == LIBRARY) => false,
-            (LIBRARY, ..) => true,
+            (LIBRARY | PINS, _, variant) => variant == LIBRARY,
+            (_, _, LIBRARY) => false,
             // One measurement takes all subjects in turn.
             (SCALE, subject, variant) => (subject, variant) == MAIN,
             // Ordinary VMs.
@@ -167,9 +171,14 @@ impl Measurement {
         (self.bench == "start").then(|| format!("{}g", self.size / GIB))
     }
 
-    /// Is it the library alone that is measured, in time, on this machine?
+    /// Is it the library alone that is measured, on this machine?
     pub(crate) fn library(&self) -> bool {
         self.variant == LIBRARY
+    }
+
+    /// Is it what pins take there? That is counted.
+    pub(crate) fn pins(&self) -> bool {
+        self.bench == PINS
     }
 
     /// Does the subject put work off? Then that counts; elsewhere it would only add noise.

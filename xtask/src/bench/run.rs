@@ -16,6 +16,7 @@ use crate::progress::Step;
 
 use super::Bench;
 use super::breakdown;
+use super::pins;
 use super::plan::Measurement;
 use super::rows::{Clock, Line, Row, rows};
 use super::scale;
@@ -100,6 +101,9 @@ fn work(bench: &Bench, next: &Queue<'_>, how: &How, outcomes: &Sender<(usize, Re
 }
 
 fn one(bench: &Bench, measurement: &Measurement, how: &How) -> Result<Vec<Row>> {
+    if measurement.pins() {
+        return pins::measure(bench, measurement, how.limit);
+    }
     if measurement.library() {
         return library(bench, measurement, how.limit);
     }
@@ -141,7 +145,7 @@ fn one(bench: &Bench, measurement: &Measurement, how: &How) -> Result<Vec<Row>> 
     Ok(rows)
 }
 
-/// The library alone, on this machine.
+/// The library alone, in time, on this machine.
 fn library(bench: &Bench, measurement: &Measurement, limit: Duration) -> Result<Vec<Row>> {
     let mut command = cargo::cargo(bench.ctx);
     command.args(["bench", "--package", "guestmemfd", "--bench", "library"]);
