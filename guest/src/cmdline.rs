@@ -42,11 +42,13 @@ pub enum Scenario {
     Device,
     /// Gives KVM's clock private memory.
     Clock,
+    /// Gives a disk in another process private memory.
+    Vhost,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -64,6 +66,7 @@ impl Scenario {
         Self::Disk,
         Self::Device,
         Self::Clock,
+        Self::Vhost,
     ];
 
     /// Does it convert memory? If not, ordinary guests can run it.
@@ -106,6 +109,7 @@ impl Scenario {
             Self::Disk => "disk",
             Self::Device => "device",
             Self::Clock => "clock",
+            Self::Vhost => "vhost",
         }
     }
 }
@@ -463,7 +467,7 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,all"
         );
     }
 }

@@ -9,9 +9,10 @@ use crate::virtio::{Buffer, Kind, Queue};
 use guestmemfd_guest::model::Intent::Shared;
 use guestmemfd_guest::{DISK_PART, PAGE_SIZE, disk_word};
 
-const READ: u32 = 0;
-const WRITE: u32 = 1;
-const SECTOR: u64 = 512;
+pub(super) const READ: u32 = 0;
+pub(super) const WRITE: u32 = 1;
+/// Where the second part of the disk begins, in sectors.
+pub(super) const BEHIND: u64 = DISK_PART / 512;
 /// Where the test memory that the disk uses begins, and how much it is.
 pub(super) const FIRST_PAGE: usize = 32;
 pub(super) const PAGES: usize = (DISK_PART / PAGE_SIZE) as usize;
@@ -42,9 +43,9 @@ pub(super) fn run(run: &mut Run<'_>) {
             tester.memory.write(page, Shared, index, !disk_word(word));
             Ok(())
         })?;
-        transfer(tester, WRITE, DISK_PART / SECTOR)?;
+        transfer(tester, WRITE, BEHIND)?;
         tester.fill(FIRST_PAGE..FIRST_PAGE + PAGES, Shared, 1);
-        transfer(tester, READ, DISK_PART / SECTOR)?;
+        transfer(tester, READ, BEHIND)?;
         compare(tester, |word| !disk_word(word))
     });
 }
@@ -56,7 +57,7 @@ pub(super) fn reads(tester: &mut Tester<'_>) -> Check {
 }
 
 /// Carries out one request of `DISK_PART` bytes.
-fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check {
+pub(super) fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check {
     let mut queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
     let header = Header {
         kind,
@@ -116,7 +117,7 @@ unsafe fn request(
     }
 }
 
-fn compare(tester: &mut Tester<'_>, expected: impl Fn(u64) -> u64) -> Check {
+pub(super) fn compare(tester: &mut Tester<'_>, expected: impl Fn(u64) -> u64) -> Check {
     each_word(|page, index, word| {
         let got = tester.memory.read(page, Shared, index);
         tester.word_is(page, Shared, index, got, expected(word))

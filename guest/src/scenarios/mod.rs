@@ -18,6 +18,7 @@ mod reset;
 pub(crate) mod scale;
 mod storm;
 mod sweep;
+mod vhost;
 
 pub(crate) use guestmemfd_guest::cmdline::Scenario;
 
@@ -221,6 +222,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
                 | Scenario::Disk
                 | Scenario::Device
                 | Scenario::Clock
+                | Scenario::Vhost
         );
         if device && (cpu, index) != (0, 0) {
             continue;
@@ -253,6 +255,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Disk => disk::run(&mut run),
             Scenario::Device => device::run(&mut run),
             Scenario::Clock => clock::run(&mut run),
+            Scenario::Vhost => vhost::run(&mut run),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

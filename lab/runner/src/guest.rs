@@ -73,9 +73,14 @@ fn did_not_end(qemu: &mut Qemu, limit: Duration) -> String {
 }
 
 fn registers(qemu: &mut Qemu) -> Result<String> {
-    let command = json!({"command-line": "info registers -a"});
+    monitor(qemu, "info registers -a")
+}
+
+/// What the human monitor says to a line.
+pub(crate) fn monitor(qemu: &mut Qemu, line: &str) -> Result<String> {
+    let command = json!({"command-line": line});
     let answer = qemu.qmp.run("human-monitor-command", command)?;
-    Ok(answer.as_str().unwrap_or_default().to_owned())
+    Ok(answer.as_str().unwrap_or_default().trim().to_owned())
 }
 
 /// Ends QEMU; everything that the guest has said must be a complete report of success, and its exit

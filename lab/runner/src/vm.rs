@@ -18,6 +18,20 @@ const BELOW_4G: u64 = 0xb000_0000;
 /// Enough for firmware, the guest's image, and test memory of 16 CPUs.
 const BELOW_4G_SMALL: u64 = 128 << 20;
 
+/// How much of a small guest's memory lies below 4 GiB.
+fn below_4g(size: Size) -> u64 {
+    BELOW_4G_SMALL.min((size.0 / 2) >> 20 << 20)
+}
+
+/// Where a small guest of [`Vm::conformance`] has an offset of its memory.
+pub(crate) fn small_guest_address(size: Size, offset: u64) -> u64 {
+    let below = below_4g(size);
+    match offset < below {
+        true => offset,
+        false => (4 << 30) + (offset - below),
+    }
+}
+
 /// Seconds after which the guest gives up, and says where it was; sooner than those who wait for it.
 const TIMEOUT: u32 = 240;
 
@@ -88,6 +102,8 @@ pub(crate) enum Scenario {
     Device,
     /// Has KVM write its clock to private memory
     Clock,
+    /// Gives a disk in another process private memory; needs a vhost-user-blk disk
+    Vhost,
     /// Not the conformance guest but Linux
     Linux,
 }
@@ -113,6 +129,7 @@ impl Scenario {
             Self::Disk => "disk",
             Self::Device => "device",
             Self::Clock => "clock",
+            Self::Vhost => "vhost",
             Self::Linux => "linux",
         }
     }
@@ -136,6 +153,7 @@ impl Scenario {
                 | Self::Sweep
                 | Self::Device
                 | Self::Clock
+                | Self::Vhost
                 | Self::Linux
         )
     }
@@ -205,8 +223,7 @@ impl Vm {
         vm.extra = vec!["-fw_cfg".to_owned(), pattern];
         if size.0 <= BELOW_4G {
             // So that a small guest, too, has memory above 4 GiB.
-            let below = BELOW_4G_SMALL.min((size.0 / 2) >> 20 << 20);
-            vm.machine = format!(",max-ram-below-4g={below}B");
+            vm.machine = format!(",max-ram-below-4g={}B", below_4g(size));
         }
         vm.kernel = Some((files.guest.clone(), append));
         vm

@@ -11,13 +11,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde_json::json;
+use tempfile::TempDir;
 
 use super::query::read_map;
-use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests, mapped_devices};
 use crate::guest;
 use crate::memory;
 use crate::probe::Need;
-use crate::qemu::Qemu;
+use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query::{self, Backend, State};
 use crate::strict::Strict;
 use crate::vm::{Scenario, Vm};
@@ -39,21 +40,27 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("guard/clock", private, clock),
         Test::new("guard/clock-fatal", private, clock_fatal),
         Test::new("guard/other-process", private, other_process),
+        Test::new("guard/vhost-user", private, vhost_user),
+        Test::new("guard/new-vm-file", private, new_vm_file),
         Test::new("guard/refused", private, refused),
     ]
 }
 
 /// Guests and QEMU use what they may, and are not caught. With several CPUs, one of which touches what
-/// another makes private, KVM can be caught with the page that it has looked up before.
+/// another makes private, KVM can be caught with the page that it has looked up before. The same goes
+/// for its workers that look up pages while a vCPU halts; where the guest may halt by itself
+/// (`cpu-pm=on`), KVM has none.
 fn quiet(context: &Context) -> Result<()> {
     let _strict = Strict::on()?;
-    let vm = Vm::conformance(&context.files, Scenario::Storm, true, SIZE, 1);
+    let vm = Vm::conformance(&context.files, Scenario::Storm, true, SIZE, 1)
+        .with_arguments("-overcommit cpu-pm=on");
     let mut qemu = context.start(&guests::with_properties(vm, "guard=report"))?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let backend = query::backend(&mut qemu.qmp)?;
     ensure!(
         backend.stray_accesses == 0,
-        "somebody was caught: {backend:?}"
+        "somebody was caught: {}",
+        fs::read_to_string(context.log.join("qemu/stderr"))?
     );
     freed::files_match(&backend, qemu.pid())?;
     given_back(&mut qemu)?;
@@ -120,6 +127,55 @@ fn other_process(context: &Context) -> Result<()> {
     ensure!(backend.stray_accesses == 1, "found twice: {backend:?}");
     given_back(&mut qemu)?;
     guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// A disk in qemu-storage-daemon, which the guest gives shared pages and then private ones.
+fn vhost_user(context: &Context) -> Result<()> {
+    let dir = TempDir::new()?;
+    let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
+    fs::write(&image, mapped_devices::disk_content())?;
+    let _daemon = mapped_devices::daemon(context, &image, &socket)?;
+    let vm = Vm::conformance(&context.files, Scenario::Vhost, false, SIZE, 1);
+    // The daemon does not offer the feature that devices of confidential guests have by default.
+    let disk = "-device vhost-user-blk-pci,chardev=vub,iommu_platform=off";
+    let vm = guests::with_properties(vm, "guard=report,lazy-attributes=off").with_arguments(
+        &format!("-chardev socket,id=vub,path={} {disk}", socket.display()),
+    );
+    let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = wait_for_stray(&mut qemu)?;
+    given_back(&mut qemu)?;
+    ensure!(
+        backend.pinned_bytes == 0,
+        "something is still pinned: {backend:?}"
+    );
+    let stderr = fs::read_to_string(context.log.join("qemu/stderr"))?;
+    ensure!(
+        stderr.contains("has used private memory at offset"),
+        "{} accesses were caught, and QEMU said: {stderr}",
+        backend.stray_accesses
+    );
+    let tap = guest::finish(&mut qemu)?;
+    ensure!(tap.verdict()? == 4, "the guest has left something out");
+    Ok(())
+}
+
+/// A reset that gives the guest a new VM and a new guest_memfd leaves the guard at its post.
+fn new_vm_file(context: &Context) -> Result<()> {
+    let mut vm = clock_vm(context, "guard=report");
+    vm.machine.push_str(",x-change-vmfd-on-reset=on");
+    let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    guest::wait_line(&qemu, "1..", EXIT_LIMIT)?;
+    let before = wait_for_stray(&mut qemu)?.stray_accesses;
+    qemu.qmp.run("system_reset", json!({}))?;
+    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::run_again(&mut qemu, GUEST_LIMIT)?;
+    wait(&mut qemu, |backend| backend.stray_accesses > before)
+        .context("nobody was caught after the reset")?;
+    given_back(&mut qemu)?;
+    guest::finish(&mut qemu)?;
     Ok(())
 }
 

@@ -9,13 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use elf::ElfBytes;
-use elf::abi::PT_LOAD;
-use elf::endian::LittleEndian;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests, mapped_devices};
+use super::dump::Elf;
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests, mapped_devices, mapped_migration};
 use crate::guest;
 use crate::probe::Need;
 use crate::qemu::{EXIT_LIMIT, Qemu};
@@ -167,9 +165,7 @@ fn monitor(qemu: &mut Qemu, pages: &Pages) -> Result<()> {
     let first = u64::from_le_bytes(pages.pattern[..8].try_into()?);
     for command in ["xp", "x"] {
         let mut look = |address: u64| -> Result<String> {
-            let command = json!({"command-line": format!("{command} /gx {address:#x}")});
-            let answer = qemu.qmp.run("human-monitor-command", command)?;
-            Ok(answer.as_str().unwrap_or_default().trim().to_owned())
+            guest::monitor(qemu, &format!("{command} /gx {address:#x}"))
         };
         let private = look(pages.private)?;
         ensure!(
@@ -238,39 +234,39 @@ fn debugger(socket: &Path, pages: &Pages) -> Result<()> {
     Ok(())
 }
 
-/// The private page is not among what is dumped.
+/// The private page is listed, and not among what is dumped.
 fn dump(qemu: &mut Qemu, dir: &Path, pages: &Pages) -> Result<()> {
-    let file = dir.join("dump");
-    let protocol = format!("file:{}", file.display());
-    let arguments = json!({"paging": false, "protocol": protocol});
-    qemu.qmp.run("dump-guest-memory", arguments)?;
-    let bytes = fs::read(&file)?;
-    let elf = ElfBytes::<LittleEndian>::minimal_parse(&bytes)?;
-    let segments = elf.segments().context("the dump has no segments")?;
-    let find = |address: u64| {
-        segments
-            .iter()
-            .filter(|segment| segment.p_type == PT_LOAD)
-            .find(|s| (s.p_paddr..s.p_paddr + s.p_filesz).contains(&address))
-    };
+    let dump = Elf::of(qemu, dir)?;
     ensure!(
-        find(pages.private).is_none(),
+        dump.from(pages.private).is_none(),
         "the dump has the private page"
     );
-    let shared = find(pages.shared).context("the dump lacks the shared page")?;
-    let at = usize::try_from(shared.p_offset + pages.shared - shared.p_paddr)?;
+    let shared = dump.from(pages.shared);
+    let shared = shared.context("the dump lacks the shared page")?;
     ensure!(
-        bytes.get(at..at + 64) == pages.pattern.get(..64),
+        shared.get(..64) == pages.pattern.get(..64),
         "the dump has something else than the shared page holds"
+    );
+    ensure!(
+        dump.listed().contains(&pages.private),
+        "the dump does not list the private page"
     );
     Ok(())
 }
 
-/// Refused, with the reason.
+/// Refused by every way there is, with the reason.
 fn migration(qemu: &mut Qemu, dir: &Path) -> Result<()> {
     let uri = format!("file:{}", dir.join("state").display());
     let refusal = qemu.qmp.raw("migrate", json!({"uri": uri}))?;
-    let why = refusal.err().context("it is not refused")?.desc;
-    ensure!(why.contains("private"), "no reason: {why}");
+    let migrate = refusal.err().context("it is not refused")?.desc;
+    mapped_migration::image(qemu, &dir.join("disk.qcow2"))?;
+    let snapshot = mapped_migration::snapshot_job(qemu, "snapshot-save")?;
+    for (way, why) in [
+        ("migrate", migrate),
+        ("snapshot-save", snapshot.unwrap_or_default()),
+        ("savevm", guest::monitor(qemu, "savevm snap0")?),
+    ] {
+        ensure!(why.contains("private"), "{way}: no reason in {why:?}");
+    }
     Ok(())
 }

@@ -73,7 +73,7 @@ fn given_back(context: &Context, scenario: Scenario, bind: &str) -> Result<()> {
 }
 
 /// A process that is ended with its test.
-struct Daemon(Child);
+pub(super) struct Daemon(Child);
 
 impl Drop for Daemon {
     fn drop(&mut self) {
@@ -84,7 +84,7 @@ impl Drop for Daemon {
 }
 
 /// qemu-storage-daemon, which exports an image at a socket.
-fn daemon(context: &Context, image: &Path, socket: &Path) -> Result<Daemon> {
+pub(super) fn daemon(context: &Context, image: &Path, socket: &Path) -> Result<Daemon> {
     let program = storage_daemon(&context.files.qemu)?;
     let (image, path) = (image.display(), socket.display());
     let child = Command::new(&program)

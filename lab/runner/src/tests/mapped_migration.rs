@@ -27,7 +27,8 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("mapped/migration-to-memfd", needs, to_memfd),
         Test::new("mapped/migration-multifd", needs, multifd),
         Test::new("mapped/migration-file", needs, mapped_ram),
-        Test::new("mapped/snapshot", needs, snapshot),
+        Test::new("mapped/snapshot", needs, by_job),
+        Test::new("mapped/snapshot-monitor", needs, by_monitor),
         Test::new("mapped/dirty-rate", needs, dirty_rate),
         Test::new("mapped/postcopy-refused", needs, postcopy),
         Test::new("mapped/bound-migration-refused", needs, bound),
@@ -165,7 +166,7 @@ fn job(qemu: &mut Qemu, id: &str) -> Result<Option<String>> {
 }
 
 /// A qcow2 image that can hold the state of a guest, open as `disk0`.
-fn image(qemu: &mut Qemu, path: &Path) -> Result<()> {
+pub(super) fn image(qemu: &mut Qemu, path: &Path) -> Result<()> {
     std::fs::write(path, "")?;
     let file = json!({"driver": "file", "node-name": "file0", "filename": path});
     qemu.qmp.run("blockdev-add", file)?;
@@ -180,30 +181,46 @@ fn image(qemu: &mut Qemu, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn snapshot_job(qemu: &mut Qemu, command: &str) -> Result<Option<String>> {
+/// The error if there was one.
+pub(super) fn snapshot_job(qemu: &mut Qemu, command: &str) -> Result<Option<String>> {
     let arguments =
         json!({"job-id": "snap", "tag": "snap0", "vmstate": "disk0", "devices": ["disk0"]});
     qemu.qmp.run(command, arguments)?;
     job(qemu, "snap")
 }
 
-fn snapshot(context: &Context) -> Result<()> {
+fn by_job(context: &Context) -> Result<()> {
+    snapshot(context, |qemu, way| {
+        match snapshot_job(qemu, &format!("snapshot-{way}"))? {
+            Some(error) => bail!("snapshot-{way}: {error}"),
+            None => Ok(()),
+        }
+    })
+}
+
+/// `savevm` and `loadvm`, which say nothing if all is well.
+fn by_monitor(context: &Context) -> Result<()> {
+    snapshot(context, |qemu, way| {
+        let said = guest::monitor(qemu, &format!("{way}vm snap0"))?;
+        ensure!(said.is_empty(), "{way}vm: {said}");
+        Ok(())
+    })
+}
+
+/// The guest's state goes into an image, and goes on from there in another QEMU.
+fn snapshot(context: &Context, run: impl Fn(&mut Qemu, &str) -> Result<()>) -> Result<()> {
     let dir = TempDir::new()?;
     let path = dir.path().join("disk.qcow2");
     let mut qemu = writing(context, &source(context))?;
     image(&mut qemu, &path)?;
-    if let Some(error) = snapshot_job(&mut qemu, "snapshot-save")? {
-        bail!("snapshot-save: {error}");
-    }
+    run(&mut qemu, "save")?;
     qemu.quit()?;
 
     let mut other = context.start_as("target", &target(context, ""))?;
     let disk = json!({"driver": "qcow2", "node-name": "disk0",
                       "file": {"driver": "file", "filename": path}});
     other.qmp.run("blockdev-add", disk)?;
-    if let Some(error) = snapshot_job(&mut other, "snapshot-load")? {
-        bail!("snapshot-load: {error}");
-    }
+    run(&mut other, "load")?;
     goes_on(other)
 }
 

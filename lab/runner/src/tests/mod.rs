@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! `test`: every test that needs a QEMU, reported as TAP.
 
+mod dump;
 mod freed;
 mod guard;
 mod guests;
@@ -150,6 +151,7 @@ fn all(options: &Options) -> Vec<Test> {
         top::tests(options.programs.top()),
         hostile::tests(),
         host::tests(),
+        dump::tests(),
         guard::tests(),
         large::tests(),
         no_memory::tests(),
