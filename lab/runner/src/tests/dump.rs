@@ -30,7 +30,7 @@ pub(super) fn tests() -> Vec<Test> {
     ]
 }
 
-/// A guest that has ended, with private pages in many places.
+/// A guest that has ended, with private pages below and above 4 GiB.
 fn ended_guest(context: &Context) -> Result<Box<Qemu>> {
     let mut qemu = context.start(&guests::guest_vm(context, Scenario::Hypercall, 1))?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
