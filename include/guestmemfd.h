@@ -300,7 +300,8 @@ typedef struct guestmemfd_callbacks {
      */
     void *opaque;
     /**
-     * A request begins. Are populate and discard to be called in it?
+     * A request begins. Are populate and discard to be called in it? If so, a private touch decides its
+     * own page alone even with lazy attributes: the bytes around it may be in use.
      */
     bool (*begin)(void *opaque);
     /**

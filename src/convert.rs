@@ -96,6 +96,11 @@ impl Vm {
 
     fn try_convert(&self, guest: GuestPages, to: View, neighbours: Neighbours) -> Result<Tried> {
         let told = Told::begin(self.listener.as_ref());
+        let neighbours = match told.is_heard() {
+            // A listener has them mapped, and its devices may be using them.
+            true => Neighbours::Stay,
+            false => neighbours,
+        };
         let claimed = self.claim_windows(guest, to, neighbours)?;
         for (backend, pages) in claimed.windows.iter().chain(&claimed.along) {
             self.make_sure(backend, *pages)?;
@@ -247,7 +252,7 @@ impl Vm {
             told.discard(&run.backend, run.pages);
         }
         let Err(error) = self.set_attributes(&runs, View::Private) else {
-            self.leave_used_behind(moves, told);
+            self.leave_used_behind(moves);
             // What went along is a hole in the shared view.
             self.leave(&moves.runs(|_| true), View::Shared);
             return Ok(());
@@ -259,8 +264,9 @@ impl Vm {
     }
 
     /// Pages that go along but have data in the shared view are in use there: they become shared
-    /// again. The attribute is set already, so nobody can begin to use one unseen.
-    fn leave_used_behind(&self, moves: &mut Moves, told: &Told<'_>) {
+    /// again. The attribute is set already, so nobody can begin to use one unseen. None goes along if
+    /// there is a listener, who would have to be told.
+    fn leave_used_behind(&self, moves: &mut Moves) {
         let mut used = Vec::new();
         for run in moves.along() {
             let backend = &run.backend;
@@ -280,7 +286,6 @@ impl Vm {
         self.set_attributes_back(&used, View::Shared);
         // The guest may have used the private view meanwhile.
         self.leave(&used, View::Private);
-        self.populate_again(&used, told);
         moves.leave_behind(&used, PageState::Shared);
     }
 

@@ -27,6 +27,9 @@ pub enum Level {
 /// so it is the place for locks that `populate` and `discard` need: a thread that holds such a lock
 /// may itself wait for a claim. Between the two, nobody may start to depend on being told who did
 /// not when `begin` answered.
+///
+/// A listener may use undecided pages, which nobody tells it of, and a device of its may be doing so. Where
+/// `begin` answers yes, a private touch therefore decides its own page alone, whatever lazy attributes say.
 pub trait Listener: Send + Sync {
     /// A request begins. Are `populate` and `discard` to be called in it?
     fn begin(&self) -> bool {
@@ -90,6 +93,11 @@ impl<'a> Told<'a> {
     pub(crate) fn begin(listener: &'a dyn Listener) -> Self {
         let told = listener.begin();
         Self { listener, told }
+    }
+
+    /// Does anybody listen?
+    pub(crate) fn is_heard(&self) -> bool {
+        self.told
     }
 
     pub(crate) fn populate(&self, backend: &Backend, pages: FilePages) -> Result<()> {

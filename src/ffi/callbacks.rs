@@ -25,7 +25,8 @@ use crate::state::View;
 pub struct guestmemfd_callbacks {
     /// Passed to all but populate, discard and stray.
     pub opaque: *mut c_void,
-    /// A request begins. Are populate and discard to be called in it?
+    /// A request begins. Are populate and discard to be called in it? If so, a private touch decides its
+    /// own page alone even with lazy attributes: the bytes around it may be in use.
     pub begin: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
     /// It is over; `listeners` is what begin answered.
     pub end: Option<unsafe extern "C" fn(opaque: *mut c_void, listeners: bool)>,

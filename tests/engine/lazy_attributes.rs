@@ -38,8 +38,12 @@ proptest! {
     #[test]
     fn a_private_touch_harms_no_page_next_to_it(
         uses in prop::collection::vec((uses(), 0u64..10), 1..40),
+        listens in any::<bool>(),
     ) {
-        let machine = Machine::lazy(Discard::Now);
+        let machine = match listens {
+            true => Machine::lazy_with_listener(Discard::Now),
+            false => Machine::lazy(Discard::Now),
+        };
         for (number, (what, nth)) in (1..).zip(uses) {
             let before = machine.states();
             let data = machine.exposed();
@@ -112,6 +116,22 @@ fn pages_in_use_as_shared_are_found_after_the_attribute_is_set() {
     assert_eq!(machine.states()[5], PageState::Shared);
     assert_eq!(machine.exposed()[5], 42);
     assert_eq!(machine.states()[6], PageState::Private);
+    machine.check_invariants();
+}
+
+#[test]
+fn where_somebody_listens_a_private_touch_decides_its_page_alone() {
+    let machine = Machine::lazy_with_listener(Discard::Now);
+    touch(&machine, 3);
+    let states = machine.backend.state_runs(machine.backend.pages());
+    assert_eq!(
+        states,
+        [
+            (file(0, 3), PageState::Undecided),
+            (file(3, 4), PageState::Private),
+            (file(4, 24), PageState::Undecided)
+        ]
+    );
     machine.check_invariants();
 }
 

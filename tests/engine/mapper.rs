@@ -16,6 +16,8 @@ use crate::fault::Fault;
 #[derive(Debug, Default)]
 pub(crate) struct Mapper {
     pub(crate) mapped: parking_lot::Mutex<Vec<bool>>,
+    /// Is told nothing, and maps nothing.
+    pub(crate) absent: AtomicBool,
     pub(crate) fault: Arc<Fault>,
     /// Its device writes to what it has just mapped.
     pub(crate) writes: AtomicBool,
@@ -31,7 +33,7 @@ pub(crate) struct MapperHandle(pub(crate) Arc<Mapper>);
 
 impl Listener for MapperHandle {
     fn begin(&self) -> bool {
-        true
+        !self.0.absent.load(Ordering::SeqCst)
     }
 
     fn populate(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
