@@ -44,11 +44,13 @@ pub enum Scenario {
     Clock,
     /// Gives a disk in another process private memory.
     Vhost,
+    /// Uses an edu device, which goes its own way to memory if VFIO has handed it to the guest.
+    Dma,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -67,14 +69,15 @@ impl Scenario {
         Self::Device,
         Self::Clock,
         Self::Vhost,
+        Self::Dma,
     ];
 
-    /// Does it convert memory? If not, ordinary guests can run it.
+    /// Does it have to convert memory? If not, ordinary guests can run it.
     #[must_use]
     pub fn converts(self) -> bool {
         !matches!(
             self,
-            Self::Idle | Self::Dirty | Self::Balloon | Self::Reporting | Self::Disk
+            Self::Idle | Self::Dirty | Self::Balloon | Self::Reporting | Self::Disk | Self::Dma
         )
     }
 
@@ -110,6 +113,7 @@ impl Scenario {
             Self::Device => "device",
             Self::Clock => "clock",
             Self::Vhost => "vhost",
+            Self::Dma => "dma",
         }
     }
 }
@@ -467,7 +471,7 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,dma,all"
         );
     }
 }

@@ -12,6 +12,7 @@
 mod apic;
 mod boot;
 mod cpu;
+mod edu;
 mod failure;
 mod fwcfg;
 mod hypercall;
@@ -19,6 +20,7 @@ mod interrupts;
 mod memmap;
 mod memory;
 mod paging;
+mod pci;
 mod plan;
 mod scenarios;
 mod serial;

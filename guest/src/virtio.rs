@@ -1,17 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Virtio devices on the first PCI bus: one queue of one device at a time, polled.
 
-use crate::cpu::{in32, out32};
-use crate::paging;
+use crate::pci::{Device, Registers};
 use core::cell::UnsafeCell;
 use core::sync::atomic::{Ordering, fence};
 use spin::{Mutex, MutexGuard};
 
-const CONFIG_ADDRESS: u16 = 0xcf8;
-const CONFIG_DATA: u16 = 0xcfc;
-const COMMAND: u32 = 0x04;
-const MEMORY_AND_BUS_MASTER: u32 = 2 | 4;
-const BAR0: u32 = 0x10;
 const CAPABILITIES: u32 = 0x34;
 const VENDOR_CAPABILITY: u32 = 9;
 
@@ -126,9 +120,9 @@ impl Queue {
         let at = rings.0.get();
         // SAFETY: no device has these rings: the one that had them last has been reset.
         unsafe { at.write_bytes(0, 1) };
-        common.put_address(QUEUE_DESCRIPTORS, at as u64);
-        common.put_address(QUEUE_AVAILABLE, at as u64 + 16 * size as u64);
-        common.put_address(QUEUE_USED, at as u64 + used_at(size) as u64);
+        put_address(common, QUEUE_DESCRIPTORS, at as u64);
+        put_address(common, QUEUE_AVAILABLE, at as u64 + 16 * size as u64);
+        put_address(common, QUEUE_USED, at as u64 + used_at(size) as u64);
         common.put(QUEUE_ENABLE, 1_u16);
         let (notify, multiplier) = registers(device, NOTIFY)?;
         let offset = u64::from(common.get::<u16>(QUEUE_NOTIFY_OFF)) * u64::from(multiplier);
@@ -136,7 +130,7 @@ impl Queue {
         Ok(Self {
             rings,
             common,
-            notify: Registers(notify.0 + offset),
+            notify: notify.at(offset),
             number,
             size,
             done: 0,
@@ -218,27 +212,6 @@ impl Drop for Queue {
     }
 }
 
-/// Registers of a device, by the address of the first.
-#[derive(Debug, Clone, Copy)]
-struct Registers(u64);
-
-impl Registers {
-    fn get<T: Copy>(self, at: u64) -> T {
-        // SAFETY: `registers` has found and mapped them; they are aligned to their size.
-        unsafe { ((self.0 + at) as *const T).read_volatile() }
-    }
-
-    fn put<T>(self, at: u64, value: T) {
-        // SAFETY: as for `get`; the device writes to no memory but the rings and what requests name.
-        unsafe { ((self.0 + at) as *mut T).write_volatile(value) }
-    }
-
-    fn put_address(self, at: u64, address: u64) {
-        self.put(at, address as u32);
-        self.put(at + 4, (address >> 32) as u32);
-    }
-}
-
 fn reset(common: Registers) {
     common.put(STATUS, 0_u8);
     while common.get::<u8>(STATUS) != 0 {
@@ -252,40 +225,27 @@ fn used_at(size: usize) -> usize {
 }
 
 /// The first device of a kind, by number, ready to be used.
-fn find(kind: Kind) -> Result<u32, &'static str> {
-    let device = (0..32).find(|&device| kind.matches(config(device, 0)));
-    let device = device.ok_or("no such virtio device on the first PCI bus: add it with -device")?;
-    let command = config(device, COMMAND);
-    // SAFETY: the device may use memory from here on; it does once a queue is set up.
-    unsafe { out32(CONFIG_DATA, command | MEMORY_AND_BUS_MASTER) };
-    Ok(device)
+fn find(kind: Kind) -> Result<Device, &'static str> {
+    Device::find(|id| kind.matches(id))
+        .ok_or("no such virtio device on the first PCI bus: add it with -device")
 }
 
 /// The registers of a type, and the word behind their capability.
-fn registers(device: u32, kind: u32) -> Result<(Registers, u32), &'static str> {
-    let mut at = config(device, CAPABILITIES) & 0xfc;
+fn registers(device: Device, kind: u32) -> Result<(Registers, u32), &'static str> {
+    let mut at = device.config(CAPABILITIES) & 0xfc;
     while at != 0 {
-        let head = config(device, at);
+        let head = device.config(at);
         if head & 0xff == VENDOR_CAPABILITY && head >> 24 == kind {
-            let bar = BAR0 + 4 * (config(device, at + 4) & 0xff);
-            let low = config(device, bar);
-            let high = if low & 4 == 0 {
-                0
-            } else {
-                config(device, bar + 4)
-            };
-            let base = u64::from(high) << 32 | u64::from(low & !0xf);
-            let address = base + u64::from(config(device, at + 8));
-            paging::map(address);
-            return Ok((Registers(address), config(device, at + 16)));
+            let bar = device.config(at + 4) & 0xff;
+            let registers = device.registers(bar, device.config(at + 8));
+            return Ok((registers, device.config(at + 16)));
         }
         at = head >> 8 & 0xfc;
     }
     Err("the virtio device has no modern interface: disable-modern=off")
 }
 
-fn config(device: u32, register: u32) -> u32 {
-    // SAFETY: this only selects what CONFIG_DATA is about.
-    unsafe { out32(CONFIG_ADDRESS, 1 << 31 | device << 11 | register) };
-    in32(CONFIG_DATA)
+fn put_address(registers: Registers, at: u64, address: u64) {
+    registers.put(at, address as u32);
+    registers.put(at + 4, (address >> 32) as u32);
 }

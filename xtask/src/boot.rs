@@ -267,6 +267,10 @@ pub(crate) struct LabOptions {
     #[arg(long)]
     debian: bool,
 
+    /// Level 1 has an IOMMU, and behind it an edu device, which vfio-pci can hand to guests
+    #[arg(long)]
+    iommu: bool,
+
     /// A command with its arguments; without one, a shell
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -302,6 +306,7 @@ pub(crate) fn lab(ctx: &Context, options: LabOptions) -> Result<ExitCode> {
         memory: options.memory.1,
         limit: options.limit.map(Duration::from_secs),
         disks,
+        iommu: options.iommu,
         ..Task::default()
     };
     let status = match options.command.is_empty() {

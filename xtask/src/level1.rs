@@ -26,6 +26,15 @@ const CONSOLE_TAIL: usize = 20;
 /// What level 1 needs besides the conformance guest's own size.
 const BASE_MEMORY: u64 = 4 << 30;
 
+/// An IOMMU that Linux and VFIO can use, and a device that does nothing but DMA, to any address
+/// (QEMU's docs/specs/edu.rst). Virtio devices go around the IOMMU unless told otherwise.
+const IOMMU: [&str; 4] = [
+    "-device",
+    "intel-iommu,intremap=on",
+    "-device",
+    "edu,dma_mask=0xffffffffffffffff",
+];
+
 /// Everything that is built before level 1 can start.
 #[derive(Clone, Debug)]
 pub(crate) struct Lab {
@@ -61,6 +70,8 @@ pub(crate) struct Task {
     pub(crate) programs: Vec<PathBuf>,
     /// The log's name, where several tasks run at once.
     pub(crate) log: Option<String>,
+    /// Level 1 has an IOMMU, and behind it a device for its guests.
+    pub(crate) iommu: bool,
 }
 
 /// Memory for a level 1 in which guests of `size` bytes run.
@@ -189,6 +200,9 @@ impl Lab {
             qemu.args(["-icount", "shift=0,sleep=off"]);
         } else {
             qemu.args(nodes(task.memory));
+        }
+        if task.iommu {
+            qemu.args(IOMMU);
         }
         qemu.args(["-accel", accel, "-machine", "q35", "-cpu", "max"])
             .args(["-smp", &cpus.to_string()])

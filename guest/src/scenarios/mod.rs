@@ -8,6 +8,7 @@ mod clock;
 mod device;
 mod dirty;
 mod disk;
+mod dma;
 mod fault;
 mod flip;
 mod hostile;
@@ -256,6 +257,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Device => device::run(&mut run),
             Scenario::Clock => clock::run(&mut run),
             Scenario::Vhost => vhost::run(&mut run),
+            Scenario::Dma => dma::run(&mut run, cpu, strict),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

@@ -14,6 +14,7 @@ mod show;
 mod strict;
 mod tap;
 mod tests;
+mod vfio;
 mod vm;
 
 use std::process::ExitCode;

@@ -188,7 +188,8 @@ fn pages_by_node(numa_maps: &str) -> Vec<(u32, u64)> {
     nodes.into_iter().collect()
 }
 
-fn fetch_fd(pid: u32, fd: i32) -> Result<OwnedFd> {
+/// A duplicate of another process's descriptor.
+pub(crate) fn fetch_fd(pid: u32, fd: i32) -> Result<OwnedFd> {
     let process = pidfd_open(process(pid)?, PidfdFlags::empty())?;
     Ok(pidfd_getfd(&process, fd, PidfdGetfdFlags::empty())?)
 }
@@ -233,7 +234,8 @@ impl Holdings {
     }
 }
 
-fn kilobytes(text: &str, name: &str) -> Option<u64> {
+/// What a line of `/proc/PID/status` or `/proc/meminfo` says.
+pub(crate) fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()
 }

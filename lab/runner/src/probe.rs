@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use kvm_ioctls::{Kvm, VmFd};
 
-use crate::{memory, strict};
+use crate::{memory, strict, vfio};
 
 const KVM_CAP_EXIT_HYPERCALL: u64 = 201;
 const KVM_CAP_MEMORY_ATTRIBUTES: u64 = 233;
@@ -44,6 +44,10 @@ pub(crate) enum Need {
     NoPrivateMemory,
     /// The kernel counts the pages of a guest_memfd.
     PageCounts,
+    /// A device that VFIO can hand to a guest.
+    Vfio,
+    /// The newer way to it, `/dev/iommu`.
+    Iommufd,
     /// Root: system-wide page counts and other processes' files.
     Root,
 }
@@ -148,6 +152,9 @@ impl Machine {
             },
             Need::PageCounts => (!self.page_counts)
                 .then(|| "no cachestat (Linux 6.5 or newer, CONFIG_CACHESTAT_SYSCALL)".into()),
+            Need::Vfio => vfio::lacking(),
+            Need::Iommufd => (!Path::new("/dev/iommu").exists())
+                .then(|| "the kernel has no iommufd (CONFIG_IOMMUFD)".into()),
             Need::Root => (!self.root).then(|| "needs root".into()),
         }
     }

@@ -104,6 +104,8 @@ pub(crate) enum Scenario {
     Clock,
     /// Gives a disk in another process private memory; needs a vhost-user-blk disk
     Vhost,
+    /// Uses an edu device, which VFIO has handed to it
+    Dma,
     /// Not the conformance guest but Linux
     Linux,
 }
@@ -130,6 +132,7 @@ impl Scenario {
             Self::Device => "device",
             Self::Clock => "clock",
             Self::Vhost => "vhost",
+            Self::Dma => "dma",
             Self::Linux => "linux",
         }
     }

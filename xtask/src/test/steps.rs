@@ -319,6 +319,7 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         limit: Some(RUNNER_LIMIT),
         programs: level_1_programs,
         disks: vec![disk],
+        iommu: true,
         ..Task::default()
     };
     step.say("running");

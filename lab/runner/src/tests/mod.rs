@@ -23,6 +23,7 @@ mod robust;
 mod several;
 mod storm;
 mod top;
+mod vfio;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -153,6 +154,7 @@ fn all(options: &Options) -> Vec<Test> {
         host::tests(),
         dump::tests(),
         guard::tests(),
+        vfio::tests(),
         large::tests(),
         no_memory::tests(),
         library::tests(&options.programs),

@@ -90,7 +90,7 @@ fn reset(context: &Context, machine: &str, resets: usize, runs: usize) -> Result
 }
 
 /// The guest must end itself, content with what it found.
-fn whole(qemu: &mut Qemu, again: bool) -> Result<()> {
+pub(super) fn whole(qemu: &mut Qemu, again: bool) -> Result<()> {
     match again {
         true => guest::run_again(qemu, GUEST_LIMIT)?,
         false => guest::run(qemu, GUEST_LIMIT)?,
