@@ -137,12 +137,19 @@ fn vhost_user(context: &Context) -> Result<()> {
     fs::write(&image, mapped_devices::disk_content())?;
     let _daemon = mapped_devices::daemon(context, &image, &socket)?;
     let vm = Vm::conformance(&context.files, Scenario::Vhost, false, SIZE, 1);
+    let disk = |properties: &str| {
+        let path = socket.display();
+        let device = format!("-device vhost-user-blk-pci,chardev=vub{properties}");
+        guests::with_properties(vm.clone(), "guard=report,lazy-attributes=off")
+            .with_arguments(&format!("-chardev socket,id=vub,path={path} {device}"))
+    };
     // The daemon does not offer the feature that devices of confidential guests have by default.
-    let disk = "-device vhost-user-blk-pci,chardev=vub,iommu_platform=off";
-    let vm = guests::with_properties(vm, "guard=report,lazy-attributes=off").with_arguments(
-        &format!("-chardev socket,id=vub,path={} {disk}", socket.display()),
+    let stderr = context.start_refused(&disk(""))?.stderr;
+    ensure!(
+        stderr.contains("iommu_platform=true is not supported"),
+        "a disk with defaults is refused with: {stderr}"
     );
-    let mut qemu = context.start(&vm)?;
+    let mut qemu = context.start(&disk(",iommu_platform=off"))?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let backend = wait_for_stray(&mut qemu)?;
     given_back(&mut qemu)?;
