@@ -352,7 +352,7 @@ impl Vm {
 
     fn set_attributes_of(&self, backend: &Backend, pages: FilePages, view: View) -> Result<()> {
         let owner = self.owner();
-        let places = self.windows.read().places(backend.id(), pages);
+        let places = self.windows.read().places(backend.id(), pages, view);
         places.into_iter().try_for_each(|guest| {
             owner
                 .set_attributes(guest, view)

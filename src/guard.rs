@@ -225,7 +225,8 @@ impl Watch {
 
     fn tell(&self, pages: FilePages, thread: Option<u32>) {
         let first = FilePages::new(pages.start(), pages.start() + 1).unwrap_or(pages);
-        let places = self.vm.windows.read().places(self.backend.id(), first);
+        let backend = self.backend.id();
+        let places = self.vm.windows.read().places(backend, first, View::Shared);
         let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
         self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
         self.vm

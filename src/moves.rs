@@ -62,7 +62,9 @@ impl Moves {
         Self { moves, along: None }
     }
 
-    /// Marks those of some pages that nobody has decided; they go along.
+    /// Marks those of some pages that nobody has decided; they go along. A pinned page ends them, so
+    /// that all pages that move follow each other: their attributes are set as a whole or not at all,
+    /// and no vCPU can use some that are then set back.
     pub(crate) fn mark_along(&mut self, backend: &Arc<Backend>, pages: FilePages) {
         let mut along = PageSet::default();
         let marked = mark_runs(backend, pages, |state| state == PageState::Undecided);
@@ -73,19 +75,32 @@ impl Moves {
             backend: backend.clone(),
             pages: along,
         });
+        let Some(free) = self.unpinned_around_asked(backend, pages) else {
+            return;
+        };
         for (run, _) in marked {
-            self.leave_pinned_behind(backend, run);
+            let before = FilePages::new(run.start(), run.end().min(free.start()));
+            let behind = FilePages::new(run.start().max(free.end()), run.end());
+            for pages in [before, behind].into_iter().flatten() {
+                let backend = backend.clone();
+                self.leave_behind(&[Run { backend, pages }], PageState::Undecided);
+            }
         }
     }
 
-    /// Pages that go along but are pinned are the host's, at least for now.
-    fn leave_pinned_behind(&mut self, backend: &Arc<Backend>, run: FilePages) {
-        let mut rest = Some(run);
-        while let Some(pages) = rest.and_then(|rest| backend.pins.first_in(rest)) {
-            let backend = backend.clone();
-            self.leave_behind(&[Run { backend, pages }], PageState::Undecided);
-            rest = FilePages::new(pages.end(), run.end());
+    /// The pages around those that were asked for that the host does not use. Some of them may be
+    /// pinned: they are waited for.
+    fn unpinned_around_asked(&self, backend: &Backend, within: FilePages) -> Option<FilePages> {
+        let first = self.moves.first()?.0.pages;
+        let last = self.moves.last()?.0.pages;
+        let mut start = within.start();
+        let before = |start| FilePages::new(start, first.start());
+        while let Some(pinned) = before(start).and_then(|rest| backend.pins.first_in(rest)) {
+            start = pinned.end();
         }
+        let behind = FilePages::new(last.end(), within.end());
+        let pinned = behind.and_then(|rest| backend.pins.first_in(rest));
+        FilePages::new(start, pinned.map_or(within.end(), |pinned| pinned.start()))
     }
 
     /// The first of the pages that were asked for that the host uses.

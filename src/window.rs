@@ -10,6 +10,7 @@
 
 use crate::addr::{Few, FilePages, GuestPages};
 use crate::backend::BackendId;
+use crate::state::View;
 
 /// A range of a backend in guest physical space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,16 +201,23 @@ impl WindowTable {
         (window.bound && part.guest == guest).then_some((*window, part.file.start()))
     }
 
-    /// Every place in guest physical space whose attributes follow these pages, stale ones too.
+    /// Every place in guest physical space whose attributes follow these pages, stale ones too. In the
+    /// order in which they are set to `to`: those where that view appears come last. If one cannot be
+    /// set, no vCPU has used that view yet, and nothing is lost when the others are set back.
     pub fn places(
         &self,
         backend: BackendId,
         file: FilePages,
+        to: View,
     ) -> impl IntoIterator<Item = GuestPages> + use<> {
-        let stale = self.stale.iter().map(|stale| &stale.window);
-        self.windows
-            .iter()
-            .chain(stale)
+        let shows_it = |window: &Window| window.bound == (to == View::Private);
+        let all = || {
+            let stale = self.stale.iter().map(|stale| &stale.window);
+            self.windows.iter().chain(stale)
+        };
+        let others = all().filter(|w| !shows_it(w));
+        others
+            .chain(all().filter(|w| shows_it(w)))
             .filter_map(|w| w.guest_of(backend, file))
             .collect::<Few<_>>()
     }
@@ -326,10 +334,10 @@ mod tests {
     #[test]
     fn attributes_go_to_every_place_a_page_appears_at() {
         let table = table();
-        assert_eq!(
-            Vec::from_iter(table.places(RAM, file(95, 105))),
-            [guest(95, 100), guest(200, 205), guest(1095, 1100)]
-        );
+        let places = |to| Vec::from_iter(table.places(RAM, file(95, 105), to));
+        let (bound, unbound) = ([guest(95, 100), guest(200, 205)], [guest(1095, 1100)]);
+        assert_eq!(places(View::Private), [&unbound[..], &bound].concat());
+        assert_eq!(places(View::Shared), [&bound[..], &unbound].concat());
         assert!(table.is_bound(RAM, file(0, 1)));
         assert!(!table.is_bound(DIMM, file(40, 41)));
     }

@@ -141,15 +141,16 @@ fn a_touch_of_a_pinned_page_waits_and_is_tried_again_by_the_guest() {
 }
 
 #[test]
-fn pinned_pages_stay_behind_when_a_chunk_is_decided() {
+fn a_chunk_that_is_decided_ends_at_pinned_pages() {
     let machine = Machine::new(SHORT);
-    machine.pin(file(8, 10)).unwrap();
-    machine.pin(file(20, 21)).unwrap();
-    assert_eq!(machine.touch(3).unwrap(), 1);
+    for pinned in [file(2, 4), file(5, 6), file(20, 21), file(30, 40)] {
+        machine.pin(pinned).unwrap();
+    }
+    assert_eq!(machine.touch(8).unwrap(), 1);
     for page in 0..64 {
         let expected = match page {
-            8 | 9 | 20 => PageState::Undecided,
-            _ => PageState::Private,
+            6..20 => PageState::Private,
+            _ => PageState::Undecided,
         };
         assert_eq!(machine.state(page), expected, "page {page}");
     }

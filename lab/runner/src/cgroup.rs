@@ -17,6 +17,11 @@ pub(crate) struct Group(PathBuf);
 #[must_use]
 pub(crate) struct Inside;
 
+/// A cgroup gets no more memory while this lives.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Limit<'a>(&'a Group);
+
 impl Group {
     /// Makes one.
     pub(crate) fn new(name: &str) -> Result<Self> {
@@ -45,11 +50,16 @@ impl Group {
         number(&self.read("memory.peak")?)
     }
 
-    /// No more than this, or as much as there is.
-    pub(crate) fn limit(&self, bytes: Option<u64>) -> Result<()> {
-        let text = bytes.map_or("max".to_owned(), |bytes| bytes.to_string());
+    /// No more than so many bytes from now on.
+    pub(crate) fn limit(&self, bytes: u64) -> Result<Limit<'_>> {
+        self.write_limit(&bytes.to_string())?;
+        Ok(Limit(self))
+    }
+
+    fn write_limit(&self, limit: &str) -> Result<()> {
         let path = self.0.join("memory.max");
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        fs::write(&path, limit)
+            .with_context(|| format!("cannot write {limit} to {}", path.display()))
     }
 
     /// A line of memory.events or memory.stat.
@@ -78,6 +88,14 @@ impl Drop for Inside {
     fn drop(&mut self) {
         if let Err(why) = move_to(Path::new(ROOT)) {
             eprintln!("this process stays in its cgroup: {why:#}");
+        }
+    }
+}
+
+impl Drop for Limit<'_> {
+    fn drop(&mut self) {
+        if let Err(why) = self.0.write_limit("max") {
+            eprintln!("the cgroup stays limited: {why:#}");
         }
     }
 }

@@ -5,6 +5,7 @@
 mod bench;
 mod boot;
 mod cgroup;
+mod failslab;
 mod guest;
 mod linux;
 mod memory;

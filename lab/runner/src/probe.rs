@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use kvm_ioctls::{Kvm, VmFd};
 
-use crate::{memory, strict, vfio};
+use crate::{failslab, memory, strict, vfio};
 
 const KVM_CAP_EXIT_HYPERCALL: u64 = 201;
 const KVM_CAP_MEMORY_ATTRIBUTES: u64 = 233;
@@ -48,6 +48,8 @@ pub(crate) enum Need {
     Vfio,
     /// The newer way to it, `/dev/iommu`.
     Iommufd,
+    /// A kernel whose allocations fail on demand.
+    Failslab,
     /// Root: system-wide page counts and other processes' files.
     Root,
 }
@@ -155,6 +157,7 @@ impl Machine {
             Need::Vfio => vfio::lacking(),
             Need::Iommufd => (!Path::new("/dev/iommu").exists())
                 .then(|| "the kernel has no iommufd (CONFIG_IOMMUFD)".into()),
+            Need::Failslab => failslab::lacking(),
             Need::Root => (!self.root).then(|| "needs root".into()),
         }
     }

@@ -1,56 +1,92 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Conversions while the kernel has no more memory for QEMU.
-//!
-//! A memory cgroup is full. Linux 7.2 charges the entries in which it keeps attributes to no cgroup, so
-//! requests may be granted all the same; what is said here holds for kernels that refuse too: the
-//! guest gets an error number and goes on, and both sides agree on what is private.
+//! Conversions while the kernel has no memory for QEMU: the guest gets an error number or touches
+//! again, goes on, and both sides agree on what is private.
 
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
-use super::{Context, GUEST_LIMIT, Test, guests};
+use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
 use crate::cgroup::Group;
+use crate::failslab::Failures;
 use crate::guest;
 use crate::probe::Need;
+use crate::qemu::Qemu;
 use crate::query;
+use crate::strict::Strict;
 use crate::tap::Tap;
 use crate::vm::{Scenario, Size, Vm};
 
 /// The attributes of so much need some megabytes.
-const SIZE: Size = Size(2 << 30);
+const SWEPT: Size = Size(2 << 30);
 
 /// What a request of the guest converts.
 const REQUEST: u64 = 2 << 20;
 
-/// What QEMU may still get after the limit is set.
+/// What QEMU may still get after its cgroup is limited.
 const ROOM: u64 = 64 << 10;
 
+/// Allocations that fail, in percent. Each is tried twice, and a request needs some ten.
+const REFUSED: u32 = 20;
+
 pub(super) fn tests() -> Vec<Test> {
-    let needs = &[Need::PrivateMemory, Need::Root];
-    vec![Test::new("no-memory/conversions", needs, conversions)]
+    let private = &[Need::PrivateMemory, Need::Root];
+    let failing = &[Need::PrivateMemory, Need::Failslab, Need::Root];
+    let strict = &[Need::StrictMode, Need::Failslab, Need::Root];
+    vec![
+        Test::new("no-memory/full-cgroup", private, full_cgroup),
+        Test::new("no-memory/requests", failing, requests),
+        Test::new("no-memory/faults", strict, faults),
+    ]
 }
 
-fn conversions(context: &Context) -> Result<()> {
+/// Linux 7.2 charges the entries in which it keeps attributes to no cgroup, so all requests may be
+/// granted here; what is said holds for kernels that refuse, too.
+fn full_cgroup(context: &Context) -> Result<()> {
     let group = Group::new("conversions")?;
-    let vm = Vm::conformance(&context.files, Scenario::Sweep, false, SIZE, 2);
-    let mut qemu = {
-        let _inside = group.enter()?;
-        context.start(&vm)?
-    };
+    let inside = group.enter()?;
+    let mut qemu = start(context)?;
+    drop(inside);
     // What finds no memory must fail, and nobody be killed for it.
     let path = format!("/proc/{}/oom_score_adj", qemu.pid());
     fs::write(&path, "-1000").with_context(|| format!("cannot write {path}"))?;
+    sweep(&mut qemu, || group.limit(group.current()? + ROOM))?;
+    let met = group.value("memory.events", "max")?;
+    println!("# limit met {met} times");
+    Ok(())
+}
 
+/// The kernel itself refuses to set attributes.
+fn requests(context: &Context) -> Result<()> {
+    let mut qemu = start(context)?;
+    let denied = sweep(&mut qemu, || Failures::on(REFUSED))?;
+    ensure!(denied > 0, "no request was denied");
+    Ok(())
+}
+
+fn start(context: &Context) -> Result<Box<Qemu>> {
+    context.start(&Vm::conformance(
+        &context.files,
+        Scenario::Sweep,
+        false,
+        SWEPT,
+        2,
+    ))
+}
+
+/// The guest makes its memory private while `refuse` takes effect, and repeats what was denied when
+/// it does no longer. How much that was.
+fn sweep<R>(qemu: &mut Qemu, refuse: impl FnOnce() -> Result<R>) -> Result<u64> {
     qemu.qmp.run("cont", json!({}))?;
-    guest::wait_line(&qemu, "# sweep: begins", GUEST_LIMIT)?;
+    guest::wait_line(qemu, "# sweep: begins", GUEST_LIMIT)?;
     qemu.qmp.run("stop", json!({}))?;
-    group.limit(Some(group.current()? + ROOM))?;
+    let refusing = refuse()?;
     qemu.qmp.run("cont", json!({}))?;
     let mut tap = Tap::default();
-    tap.line(&guest::wait_line(&qemu, "# sweep: granted", GUEST_LIMIT)?);
+    tap.line(&guest::wait_line(qemu, "# sweep: granted", GUEST_LIMIT)?);
     qemu.qmp.run("stop", json!({}))?;
+    drop(refusing);
 
     let said = |name| {
         tap.note(name)
@@ -58,10 +94,7 @@ fn conversions(context: &Context) -> Result<()> {
     };
     let (granted, denied) = (said("granted")?, said("denied")?);
     let backend = query::backend(&mut qemu.qmp)?;
-    println!(
-        "# granted {granted}, denied {denied}, limit met {} times; {backend:?}",
-        group.value("memory.events", "max")?
-    );
+    println!("# granted {granted}, denied {denied}; {backend:?}");
     ensure!(
         granted + denied >= 512,
         "{granted} requests granted, {denied} denied: too few"
@@ -71,7 +104,6 @@ fn conversions(context: &Context) -> Result<()> {
         "{granted} requests granted, {denied} denied: {backend:?}"
     );
 
-    group.limit(None)?;
     qemu.qmp.run("cont", json!({}))?;
     qemu.qmp.wait_event(&["SHUTDOWN"], GUEST_LIMIT)?;
     let backend = query::backend(&mut qemu.qmp)?;
@@ -81,6 +113,30 @@ fn conversions(context: &Context) -> Result<()> {
         "all {} requests must have been granted in the end: {backend:?}",
         granted + denied
     );
-    guest::finish(&mut qemu)?;
+    guest::finish(qemu)?;
+    Ok(denied)
+}
+
+/// Touches that convert memory come again until they are served.
+fn faults(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = Vm::conformance(&context.files, Scenario::Race, true, SIZE, 4);
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    // Not earlier: while the firmware runs, the VM's ioctls are for its slots as well.
+    guest::wait_line(&qemu, "TAP version", GUEST_LIMIT)?;
+    let failures = Failures::on(REFUSED)?;
+    let event = qemu
+        .qmp
+        .wait_event(&["GUESTMEMFD_CONVERSION_FAILED"], GUEST_LIMIT)?;
+    let error = event.data["error"].as_str().unwrap_or_default();
+    ensure!(error.contains("allocate memory"), "failed for {error:?}");
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    drop(failures);
+    let backend = query::backend(&mut qemu.qmp)?;
+    println!("# {backend:?}");
+    guests::settled(&backend)?;
+    freed::files_match(&backend, qemu.pid())?;
+    guest::finish(&mut qemu)?.verdict()?;
     Ok(())
 }

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The kernel's fault injection: while a guest runs, the kernel finds no memory for some of what it
+//! needs to set memory attributes.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+const CONTROLS: &str = "/sys/kernel/debug/failslab";
+
+/// Attributes are kept in nodes of this cache.
+const CACHE: &str = "/sys/kernel/slab/radix_tree_node/failslab";
+
+/// The ioctls of a VM, attributes among them. Other users of the cache are let alone.
+const FUNCTION: &str = "kvm_vm_ioctl";
+
+/// Allocations fail while this lives.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Failures(());
+
+impl Failures {
+    /// Lets so many of a hundred allocations fail. The kernel tries twice for each node.
+    pub(crate) fn on(percent: u32) -> Result<Self> {
+        let (start, end) = function(&fs::read_to_string("/proc/kallsyms")?)?;
+        write(Path::new(CACHE), "1")?;
+        let failures = Self(());
+        for (control, value) in [
+            ("cache-filter", "Y"),
+            ("ignore-gfp-wait", "N"),
+            ("require-start", &format!("{start:#x}")),
+            ("require-end", &format!("{end:#x}")),
+            ("times", "-1"),
+            ("verbose", "0"),
+            ("probability", &percent.to_string()),
+        ] {
+            write(&Path::new(CONTROLS).join(control), value)?;
+        }
+        Ok(failures)
+    }
+}
+
+impl Drop for Failures {
+    fn drop(&mut self) {
+        let off = write(&Path::new(CONTROLS).join("probability"), "0")
+            .and_then(|()| write(Path::new(CACHE), "0"));
+        if let Err(why) = off {
+            eprintln!("allocations go on failing: {why:#}");
+        }
+    }
+}
+
+/// Why this kernel cannot do it; nothing if it can.
+pub(crate) fn lacking() -> Option<String> {
+    [CONTROLS, CACHE]
+        .into_iter()
+        .find(|path| !Path::new(path).exists())
+        .map(|path| format!("the kernel has no {path} (CONFIG_FAILSLAB, debugfs; lab kernel)"))
+}
+
+/// Where the function begins, and where the next one does.
+fn function(symbols: &str) -> Result<(u64, u64)> {
+    let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
+    let named = |line: &&str| line.split_whitespace().nth(2) == Some(FUNCTION);
+    let start = symbols.lines().find(named).and_then(address);
+    let start = start
+        .filter(|&start| start > 0)
+        .with_context(|| format!("/proc/kallsyms does not say where {FUNCTION} is: run as root"))?;
+    let end = symbols.lines().filter_map(address).filter(|&a| a > start);
+    let end = end.min().context("nothing comes after the function")?;
+    Ok((start, end))
+}
+
+fn write(path: &Path, value: &str) -> Result<()> {
+    fs::write(path, value).with_context(|| format!("cannot write {value} to {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_ends_where_the_next_begins() {
+        let symbols = "ffffffff81000300 T next\nffffffff81000100 t kvm_vm_ioctl\n\
+                       ffffffff81000500 T kvm_vm_ioctl_more\nffffffffc0000000 t x\t[module]\n";
+        let found = function(symbols).unwrap();
+        assert_eq!(found, (0xffff_ffff_8100_0100, 0xffff_ffff_8100_0300));
+        assert!(function("0000000000000000 t kvm_vm_ioctl\n").is_err());
+    }
+}
