@@ -191,6 +191,10 @@ impl PageStates {
     /// `limit`. Looks at 64 pages a step, and at 1024 where nothing changes.
     fn run_end(&self, page: u64, state: PageState, limit: u64) -> u64 {
         const STEP: usize = 16;
+        // So it is when a guest starts; to look at untouched bitmaps would have the kernel map them.
+        if self.count(state) == self.pages() {
+            return limit;
+        }
         let (shared, private) = state.bits();
         let (shared, private) = (flip_for(shared), flip_for(private));
         let first = page / 64;

@@ -37,6 +37,8 @@ pub struct World {
     pub ram: [Range; 2],
     /// Memory of which it does not matter in which view it is.
     pub tests: [Range; 2],
+    /// The second of these is a DIMM, which may come and go.
+    pub dimm: bool,
     /// Set in an address, it selects the shared view.
     pub shared_bit: Option<u32>,
 }
@@ -101,9 +103,10 @@ impl World {
         if attributes & !ENCRYPTED > PAGE_SIZES {
             return Answer::Is(EINVAL);
         }
-        let for_tests = self.tests.iter().any(|tests| tests.contains(range));
+        let [low, high] = self.tests.map(|tests| tests.contains(range));
         match attributes & ENCRYPTED != 0 {
-            _ if for_tests => Answer::Is(0),
+            _ if high && self.dimm => Answer::ZeroOr(EINVAL),
+            _ if low || high => Answer::Is(0),
             // There is no other memory that can be private, and none where RAM ends.
             true => Answer::Is(EINVAL),
             // What is shared may be over nothing, but not over ROM.
@@ -198,6 +201,7 @@ mod tests {
                 range(32 * MIB, 56 * MIB),
                 range(FOUR_GIB, FOUR_GIB + 24 * MIB),
             ],
+            dimm: false,
             shared_bit: Some(38),
         }
     }
@@ -260,6 +264,16 @@ mod tests {
             (request(0, 1 << 40, ENCRYPTED), Answer::Is(EINVAL)),
         ] {
             assert_eq!(world.answer(&call), answer, "{call:?}");
+        }
+        let dimm = World {
+            dimm: true,
+            ..world
+        };
+        for (gpa, answer) in [
+            (FOUR_GIB, Answer::ZeroOr(EINVAL)),
+            (32 * MIB, Answer::Is(0)),
+        ] {
+            assert_eq!(dimm.answer(&request(gpa, 1, ENCRYPTED)), answer);
         }
         let none = Call {
             number: 77,

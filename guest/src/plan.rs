@@ -237,6 +237,7 @@ impl Plan {
                 end: area.ram_end,
             }),
             tests: pair(&|area| area.all_slices(self.cpus)),
+            dimm: self.options.dimm.is_some(),
             shared_bit: self.options.shared_bit,
         }
     }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Guests whose memory lies on several backends, some of which come and go.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
@@ -31,7 +34,14 @@ pub(super) fn tests() -> Vec<Test> {
     vec![
         Test::new("several/numa-nodes", strict, numa),
         Test::new("several/dimm", strict, dimm),
-        Test::new("several/dimms-come-and-go", strict, come_and_go),
+        Test::new("several/dimms-come-and-go", strict, |context| {
+            come_and_go(context, &hotplug_vm(context, Scenario::Storm), |_| Ok(()))
+        }),
+        Test::new("several/dimm-goes-in-use", strict, |context| {
+            let words = format!("{} count=40000", dimm_word());
+            let vm = hotplug_vm(context, Scenario::Hostile).with_words(&words);
+            come_and_go(context, &vm, until_converted)
+        }),
     ]
 }
 
@@ -62,7 +72,7 @@ fn numa(context: &Context) -> Result<()> {
 /// A DIMM that the guest converts like the rest of its memory.
 fn dimm(context: &Context) -> Result<()> {
     let _strict = Strict::on()?;
-    let vm = hotplug_vm(context).with_words(&format!("dimm={AT:#x}+{DIMM}"));
+    let vm = hotplug_vm(context, Scenario::Storm).with_words(&dimm_word());
     let mut qemu = context.start(&vm)?;
     plug(&mut qemu)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
@@ -72,14 +82,19 @@ fn dimm(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// DIMMs are added and removed while the guest converts other memory.
-fn come_and_go(context: &Context) -> Result<()> {
+/// DIMMs are added and removed while the guest converts other memory, or theirs.
+fn come_and_go(
+    context: &Context,
+    vm: &Vm,
+    plugged: impl Fn(&mut Qemu) -> Result<()>,
+) -> Result<()> {
     let _strict = Strict::on()?;
-    let mut qemu = context.start(&hotplug_vm(context))?;
+    let mut qemu = context.start(vm)?;
     qemu.qmp.run("cont", json!({}))?;
     let mut rounds = 0;
     while guest::status(&mut qemu)? == "running" {
         plug(&mut qemu)?;
+        plugged(&mut qemu)?;
         unplug(&mut qemu)?;
         rounds += 1;
     }
@@ -92,10 +107,31 @@ fn come_and_go(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// A storm in a machine that takes DIMMs.
-fn hotplug_vm(context: &Context) -> Vm {
-    Vm::conformance(&context.files, Scenario::Storm, true, SIZE, 2)
+/// Waits until pages of the DIMM have been converted both ways, which a running guest must do.
+fn until_converted(qemu: &mut Qemu) -> Result<()> {
+    let deadline = Instant::now() + EXIT_LIMIT;
+    while guest::status(qemu)? == "running" {
+        let backends = query::backends(&mut qemu.qmp)?;
+        let dimm = backends.iter().find(|backend| backend.id == "extra");
+        let dimm = dimm.context("the DIMM has no backend")?;
+        if dimm.converted_to_private_bytes > 0 && dimm.converted_to_shared_bytes > 0 {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "nothing is converted: {dimm:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// A guest in a machine that takes DIMMs.
+fn hotplug_vm(context: &Context, scenario: Scenario) -> Vm {
+    Vm::conformance(&context.files, scenario, true, SIZE, 2)
         .with_arguments("-m 256M,slots=2,maxmem=16G")
+}
+
+/// Tells the guest where the DIMM is.
+fn dimm_word() -> String {
+    format!("dimm={AT:#x}+{DIMM}")
 }
 
 fn plug(qemu: &mut Qemu) -> Result<()> {
