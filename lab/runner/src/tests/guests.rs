@@ -29,9 +29,10 @@ pub(super) fn tests() -> Vec<Test> {
     }
     let strict = Scenario::Fault.needs();
     tests.push(Test::new("guest/all-strict-4", strict, all_in_strict_mode));
-    for smp in [1, 4] {
+    for smp in [1, 4, 8] {
         let name = format!("guest/flip-{smp}");
-        tests.push(Test::new(name, strict, move |context| flip(context, smp)));
+        let test = Test::new(name, strict, move |context| flip(context, smp));
+        tests.push(if smp == 8 { test.only_in_full() } else { test });
     }
     let above = Test::new("guest/memory-above-4g", strict, memory_above_4g);
     tests.push(above.only_in_full());

@@ -31,16 +31,18 @@ const TOLERANCE: u64 = 10;
 pub(super) fn tests() -> Vec<Test> {
     let strict = &[Need::PrivateMemory, Need::StrictMode];
     vec![
-        Test::new("large/touches", strict, touches),
+        Test::new("large/touches-1", strict, |c| touches(c, 1)).only_in_full(),
+        Test::new("large/touches-4", strict, |c| touches(c, 4)),
+        Test::new("large/touches-8", strict, |c| touches(c, 8)).only_in_full(),
         // Takes long on a machine that is busy otherwise.
         Test::new("large/start", &[Need::PrivateMemory, Need::Root], start).only_in_full(),
     ]
 }
 
 /// A guest that touches 1024 pages spread over 64 GiB.
-fn touches(context: &Context) -> Result<()> {
+fn touches(context: &Context, smp: u32) -> Result<()> {
     let _strict = Strict::on()?;
-    let vm = Vm::conformance(&context.files, Scenario::Large, true, LARGE, 2);
+    let vm = Vm::conformance(&context.files, Scenario::Large, true, LARGE, smp);
     let mut qemu = context.start(&vm)?;
     let before = memory::kernel_bytes()?;
     guest::run(&mut qemu, GUEST_LIMIT)?;

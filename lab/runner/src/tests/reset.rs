@@ -23,19 +23,22 @@ const WARM_UP: usize = 4;
 const NOISE: u64 = 1 << 20;
 
 pub(super) fn tests() -> Vec<Test> {
-    let test = |name: &str, machine: &'static str, resets, runs| {
+    let test = |name: &str, machine: &'static str, smp, resets, runs| {
         let name = format!("reset/{name}");
         Test::new(name, &[Need::PrivateMemory], move |context| {
-            reset(context, machine, resets, runs)
+            reset(context, machine, smp, resets, runs)
         })
     };
     // A new VM takes the kernel seconds in level 1.
     let new_file = ",x-change-vmfd-on-reset=on";
     vec![
-        test("same-vm-file", "", 100, 2),
-        test("new-vm-file", new_file, 12, 2),
-        test("long-same-vm-file", "", 100, 25).only_in_full(),
-        test("long-new-vm-file", new_file, 100, 5).only_in_full(),
+        test("same-vm-file", "", 2, 100, 2),
+        test("new-vm-file", new_file, 2, 12, 2),
+        test("same-vm-file-1", "", 1, 20, 2).only_in_full(),
+        test("same-vm-file-4", "", 4, 20, 2).only_in_full(),
+        test("same-vm-file-8", "", 8, 20, 2).only_in_full(),
+        test("long-same-vm-file", "", 2, 100, 25).only_in_full(),
+        test("long-new-vm-file", new_file, 2, 100, 5).only_in_full(),
     ]
 }
 
@@ -61,8 +64,8 @@ impl Between {
     }
 }
 
-fn reset(context: &Context, machine: &str, resets: usize, runs: usize) -> Result<()> {
-    let mut vm = Vm::conformance(&context.files, Scenario::Reset, false, SIZE, 2);
+fn reset(context: &Context, machine: &str, smp: u32, resets: usize, runs: usize) -> Result<()> {
+    let mut vm = Vm::conformance(&context.files, Scenario::Reset, false, SIZE, smp);
     vm.machine.push_str(machine);
     let mut qemu = context.start(&vm)?;
     let mut holdings = None;
