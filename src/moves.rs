@@ -78,14 +78,18 @@ impl Moves {
         let Some(free) = self.unpinned_around_asked(backend, pages) else {
             return;
         };
-        for (run, _) in marked {
+        let beyond = marked.iter().flat_map(|(run, _)| {
             let before = FilePages::new(run.start(), run.end().min(free.start()));
             let behind = FilePages::new(run.start().max(free.end()), run.end());
-            for pages in [before, behind].into_iter().flatten() {
-                let backend = backend.clone();
-                self.leave_behind(&[Run { backend, pages }], PageState::Undecided);
-            }
-        }
+            [before, behind].into_iter().flatten()
+        });
+        let beyond: Few<_> = beyond
+            .map(|pages| Run {
+                backend: backend.clone(),
+                pages,
+            })
+            .collect();
+        self.leave_behind(&beyond, PageState::Undecided);
     }
 
     /// The pages around those that were asked for that the host does not use. Some of them may be

@@ -68,6 +68,13 @@ fn take_pin(pins: &AtomicU64) -> bool {
         .is_ok()
 }
 
+/// The same for a page.
+#[inline]
+fn take_page(pins: &AtomicU32) -> bool {
+    pins.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1))
+        .is_ok()
+}
+
 /// How many pages of each chunk the host may not use.
 #[derive(Clone, Debug)]
 pub(crate) struct Closed(Arc<Box<[AtomicU32]>>);
@@ -182,10 +189,7 @@ impl Pins {
         let Some(parts) = self.parts.get(chunk) else {
             return false;
         };
-        if page
-            .fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1))
-            .is_err()
-        {
+        if !take_page(page) {
             return false;
         }
         if !take_pin(parts) {
@@ -279,8 +283,7 @@ impl Pins {
             return take_pin(&self.whole[part.chunk]);
         }
         let pages = self.counters(part.pages);
-        let take_page = |page: &AtomicU32| page.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
-        let bad = pages.iter().position(|page| take_page(page).is_err());
+        let bad = pages.iter().position(|page| !take_page(page));
         if bad.is_none() && take_pin(&self.parts[part.chunk]) {
             return true;
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! `query-guestmemfd` and `x-query-guestmemfd-map`: what QEMU says of its backends.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use qapi_spec::Command;
 use serde::{Deserialize, Serialize};
 
@@ -82,6 +82,12 @@ pub fn backends(qmp: &mut Qmp) -> Result<Vec<Backend>> {
 /// The one backend of a QEMU that has one.
 pub fn backend(qmp: &mut Qmp) -> Result<Backend> {
     only(backends(qmp)?)
+}
+
+/// The backend with this id.
+pub fn named(qmp: &mut Qmp, id: &str) -> Result<Backend> {
+    let found = backends(qmp)?.into_iter().find(|backend| backend.id == id);
+    found.with_context(|| format!("query-guestmemfd shows no backend '{id}'"))
 }
 
 /// The one of an answer that has one.

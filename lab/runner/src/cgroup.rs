@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::setting;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// A cgroup with the memory controller; removed when its owner is gone and its processes are.
@@ -57,9 +59,7 @@ impl Group {
     }
 
     fn write_limit(&self, limit: &str) -> Result<()> {
-        let path = self.0.join("memory.max");
-        fs::write(&path, limit)
-            .with_context(|| format!("cannot write {limit} to {}", path.display()))
+        setting::write(&self.0.join("memory.max"), limit)
     }
 
     /// A line of memory.events or memory.stat.
@@ -101,9 +101,7 @@ impl Drop for Limit<'_> {
 }
 
 fn move_to(group: &Path) -> Result<()> {
-    let path = group.join("cgroup.procs");
-    fs::write(&path, std::process::id().to_string())
-        .with_context(|| format!("cannot write {}", path.display()))
+    setting::write(&group.join("cgroup.procs"), &std::process::id().to_string())
 }
 
 fn number(text: &str) -> Result<u64> {

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::setting::write;
+
 const CONTROLS: &str = "/sys/kernel/debug/failslab";
 
 /// Attributes are kept in nodes of this cache.
@@ -70,10 +72,6 @@ fn function(symbols: &str) -> Result<(u64, u64)> {
     let end = symbols.lines().filter_map(address).filter(|&a| a > start);
     let end = end.min().context("nothing comes after the function")?;
     Ok((start, end))
-}
-
-fn write(path: &Path, value: &str) -> Result<()> {
-    fs::write(path, value).with_context(|| format!("cannot write {value} to {}", path.display()))
 }
 
 #[cfg(test)]

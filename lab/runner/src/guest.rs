@@ -27,6 +27,13 @@ pub(crate) fn run_through_reboot(qemu: &mut Qemu, limit: Duration) -> Result<()>
     run_with_resets(qemu, limit, 2)
 }
 
+/// Resets the machine, and waits until that is done.
+pub(crate) fn reset(qemu: &mut Qemu) -> Result<()> {
+    qemu.qmp.run("system_reset", json!({}))?;
+    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    Ok(())
+}
+
 fn run_with_resets(qemu: &mut Qemu, limit: Duration, resets: usize) -> Result<()> {
     let deadline = Instant::now() + limit;
     qemu.qmp.run("cont", json!({}))?;

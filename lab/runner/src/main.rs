@@ -11,6 +11,7 @@ mod linux;
 mod memory;
 mod probe;
 mod qemu;
+mod setting;
 mod show;
 mod strict;
 mod tap;

@@ -5,7 +5,9 @@
 
 use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+
+use crate::setting::{self, Setting};
 
 /// The parameter; `ULONG_MAX` turns strict mode off.
 pub(crate) const PATH: &str = "/sys/module/kvm/parameters/sw_protected_strict_from";
@@ -18,37 +20,23 @@ const FROM: &str = "0x100000000";
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Strict {
-    before: String,
+    _from: Setting,
 }
 
 impl Strict {
     /// Turns it on.
     pub(crate) fn on() -> Result<Self> {
-        let before = read()?;
-        write(FROM)?;
-        Ok(Self { before })
-    }
-}
-
-impl Drop for Strict {
-    fn drop(&mut self) {
-        if let Err(why) = write(&self.before) {
-            eprintln!("strict mode stays on: {why:#}");
-        }
+        let _from = Setting::set(PATH, FROM)?;
+        Ok(Self { _from })
     }
 }
 
 /// The parameter's value as the kernel prints it.
 pub(crate) fn read() -> Result<String> {
-    let value = fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?;
-    Ok(value.trim().to_owned())
+    setting::read(PATH)
 }
 
 /// May this process set the parameter?
 pub(crate) fn writable() -> bool {
     fs::OpenOptions::new().write(true).open(PATH).is_ok()
-}
-
-fn write(value: &str) -> Result<()> {
-    fs::write(PATH, value).with_context(|| format!("cannot write {value} to {PATH}"))
 }

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use vfio_bindings::bindings::vfio as kernel;
 
 use crate::memory;
+use crate::setting::{self, Setting};
 
 /// QEMU's edu device, which the conformance guest knows.
 const VENDOR: &str = "0x1234";
@@ -61,28 +62,9 @@ pub(crate) fn device() -> Result<String> {
     Ok(address.to_owned())
 }
 
-/// More mappings than usual while this lives.
-#[derive(Debug)]
-#[must_use]
-pub(crate) struct ManyMappings {
-    before: String,
-}
-
-impl ManyMappings {
-    /// For a guest whose pages are visible twice, for instance.
-    pub(crate) fn allow() -> Result<Self> {
-        let before = fs::read_to_string(LIMIT).with_context(|| format!("cannot read {LIMIT}"))?;
-        fs::write(LIMIT, "1000000").with_context(|| format!("cannot write {LIMIT}"))?;
-        Ok(Self { before })
-    }
-}
-
-impl Drop for ManyMappings {
-    fn drop(&mut self) {
-        if let Err(why) = fs::write(LIMIT, self.before.trim()) {
-            eprintln!("{LIMIT} stays as it is: {why}");
-        }
-    }
+/// More mappings than usual while this lives: for a guest whose pages are visible twice, for instance.
+pub(crate) fn many_mappings() -> Result<Setting> {
+    Setting::set(LIMIT, "1000000")
 }
 
 /// What the kernel has mapped for the devices of a QEMU.
@@ -100,8 +82,8 @@ impl Mapped {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         // VFIO's containers count as locked what iommufd counts as pinned.
         let bytes = ["VmLck:", "VmPin:"].map(|name| memory::kilobytes(&status, name).unwrap_or(0));
-        let limit = fs::read_to_string(LIMIT).unwrap_or_default();
-        let mappings = match (container(pid)?, limit.trim().parse::<u32>()) {
+        let limit = setting::read(LIMIT).unwrap_or_default();
+        let mappings = match (container(pid)?, limit.parse::<u32>()) {
             (Some(container), Ok(limit)) => Some(limit.saturating_sub(available(&container)?)),
             _ => None,
         };

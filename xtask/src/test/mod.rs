@@ -24,9 +24,9 @@ pub(crate) struct Options {
     #[arg(value_name = "STEP")]
     steps: Vec<String>,
 
-    /// Only tests whose name contains this; steps without named tests are left out
+    /// Only tests whose name contains this, or one of several; steps without named tests are left out
     #[arg(long, value_name = "TEXT")]
-    filter: Option<String>,
+    filter: Vec<String>,
 
     /// Also the long steps: QEMU's own tests, with the library and without
     #[arg(long)]
@@ -150,7 +150,7 @@ impl Options {
         if !self.steps.is_empty() {
             return self.steps.iter().any(|name| name == step.name);
         }
-        (self.full || !step.long) && (self.filter.is_none() || step.named)
+        (self.full || !step.long) && (self.filter.is_empty() || step.named)
     }
 }
 
@@ -217,10 +217,10 @@ fn run_step(bench: &steps::Bench, test: &TestStep, progress: &Steps) -> Line {
 mod tests {
     use super::*;
 
-    fn options(steps: &[&str], filter: Option<&str>, full: bool) -> Options {
+    fn options(steps: &[&str], filter: &[&str], full: bool) -> Options {
         Options {
             steps: steps.iter().map(|name| (*name).to_owned()).collect(),
-            filter: filter.map(str::to_owned),
+            filter: filter.iter().map(|text| (*text).to_owned()).collect(),
             full,
             list: false,
         }
@@ -236,14 +236,11 @@ mod tests {
 
     #[test]
     fn steps_are_chosen_by_name_length_and_filter() {
-        assert_eq!(names(&options(&[], None, true)).len(), STEPS.len());
-        assert!(!names(&options(&[], None, false)).contains(&"qtest"));
+        assert_eq!(names(&options(&[], &[], true)).len(), STEPS.len());
+        assert!(!names(&options(&[], &[], false)).contains(&"qtest"));
+        assert_eq!(names(&options(&["qtest", "c"], &[], false)), ["c", "qtest"]);
         assert_eq!(
-            names(&options(&["qtest", "c"], None, false)),
-            ["c", "qtest"]
-        );
-        assert_eq!(
-            names(&options(&[], Some("x"), false)),
+            names(&options(&[], &["x", "y"], false)),
             ["unit", "machine", "lab"]
         );
     }

@@ -30,14 +30,14 @@ const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// What the steps share: what one has built serves the next.
 pub(crate) struct Bench<'a> {
     pub(crate) ctx: &'a Context,
-    filter: Option<String>,
+    filter: Vec<String>,
     pub(super) full: bool,
     qemu: OnceCell<Result<Qemu, String>>,
     kernel: OnceCell<Result<lab_kernel::Kernel, String>>,
 }
 
 impl<'a> Bench<'a> {
-    pub(crate) fn new(ctx: &'a Context, filter: Option<String>, full: bool) -> Self {
+    pub(crate) fn new(ctx: &'a Context, filter: Vec<String>, full: bool) -> Self {
         Self {
             ctx,
             filter,
@@ -78,7 +78,7 @@ impl<'a> Bench<'a> {
             words.extend([option.to_owned(), path]);
         }
         words.extend(["--out".to_owned(), out.to_owned()]);
-        if let Some(filter) = &self.filter {
+        for filter in &self.filter {
             words.extend(["--filter".to_owned(), filter.clone()]);
         }
         if self.full {
@@ -166,7 +166,7 @@ pub(crate) fn unit(bench: &Bench, step: &Step) -> Result<Tally> {
 
 fn cargo_test(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally> {
     let mut command = cargo(bench.ctx);
-    command.arg("test").args(args).args(&bench.filter);
+    command.arg("test").args(args).arg("--").args(&bench.filter);
     let mut counts = CargoTest::default();
     let outcome = Job::new("cargo test", command)
         .log(&bench.ctx.log(name))

@@ -12,7 +12,7 @@ use elf::segment::ProgramHeader;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::query::read_map;
+use super::query::{RUNS, read_map};
 use super::{Context, GUEST_LIMIT, SIZE, Test, guests};
 use crate::guest;
 use crate::probe::Need;
@@ -95,7 +95,7 @@ fn kdump(context: &Context) -> Result<()> {
 
 /// The guest addresses of all pages in a state.
 fn pages_in(qemu: &mut Qemu, state: State) -> Result<Vec<u64>> {
-    let runs = read_map(qemu, 65536)?;
+    let runs = read_map(qemu, RUNS)?;
     let runs = runs.iter().filter(|run| run.state == state);
     let offsets = runs.flat_map(|run| (run.offset..run.offset + run.size).step_by(PAGE as usize));
     Ok(offsets

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::query::read_map;
+use super::query::{RUNS, read_map};
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests, mapped_devices};
 use crate::guest;
 use crate::memory;
@@ -25,9 +25,6 @@ use crate::vm::{Scenario, Vm};
 
 /// How long a guard may take to find something.
 const FIND_LIMIT: Duration = Duration::from_secs(30);
-
-/// Runs of states that one answer has room for: enough for all of a guest.
-const RUNS: u32 = 65536;
 
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory];
@@ -181,8 +178,7 @@ fn new_vm_file(context: &Context) -> Result<()> {
     guest::run(&mut qemu, GUEST_LIMIT)?;
     guest::wait_line(&qemu, "1..", EXIT_LIMIT)?;
     let before = wait_for_stray(&mut qemu)?.stray_accesses;
-    qemu.qmp.run("system_reset", json!({}))?;
-    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::reset(&mut qemu)?;
     guest::run_again(&mut qemu, GUEST_LIMIT)?;
     wait(&mut qemu, |backend| backend.stray_accesses > before)
         .context("nobody was caught after the reset")?;

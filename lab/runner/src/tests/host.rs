@@ -128,8 +128,7 @@ fn reset_while_waiting(context: &Context, machine: &str) -> Result<()> {
     let mut qemu = context.start(&vm)?;
     for _ in 0..2 {
         waiting(&mut qemu)?;
-        qemu.qmp.run("system_reset", json!({}))?;
-        qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+        guest::reset(&mut qemu)?;
         let backend = query::backend(&mut qemu.qmp)?;
         ensure!(
             backend.pinned_bytes == 0,

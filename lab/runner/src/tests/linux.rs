@@ -75,11 +75,10 @@ fn in_mapped_memory(context: &Context, bind: &str) -> Result<()> {
         backend.mode == "mapped" && backend.shared_bytes == SIZE.0,
         "not an ordinary VM's memory: {backend:?}"
     );
-    let screen = json!({"command-line": "xp /80xh 0xb8000"});
-    let screen = qemu.qmp.run("human-monitor-command", screen)?;
+    let screen = guest::monitor(&mut qemu, "xp /80xh 0xb8000")?;
     // Light grey letters: SeaBIOS has written there, and the screen keeps what the kernel leaves alone.
     ensure!(
-        screen.as_str().is_some_and(|text| text.contains("0x07")),
+        screen.contains("0x07"),
         "nothing is on the screen: {screen}"
     );
     linux::finish(&mut qemu, Tap::default())?;
@@ -107,9 +106,7 @@ fn virtio_mem(context: &Context) -> Result<()> {
         qemu.qmp.run("qom-set", path)
     };
     let allocated = |qemu: &mut Qemu| -> Result<u64> {
-        let backends = query::backends(&mut qemu.qmp)?;
-        let more = backends.iter().find(|backend| backend.id == "more");
-        Ok(more.context("no backend 'more'")?.shared_allocated)
+        Ok(query::named(&mut qemu.qmp, "more")?.shared_allocated)
     };
     guest::wait_line_into(&qemu, &mut tap, "# ready", LIMIT)?;
     request(&mut qemu, GIVEN)?;

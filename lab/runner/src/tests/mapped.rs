@@ -121,8 +121,7 @@ fn again_after_reset(context: &Context, bind: &str, machine: &str) -> Result<()>
     let mut qemu = context.start(&vm)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
     guest::wait_line(&qemu, "1..", EXIT_LIMIT)?;
-    qemu.qmp.run("system_reset", json!({}))?;
-    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::reset(&mut qemu)?;
     guest::run_again(&mut qemu, GUEST_LIMIT)?;
     is_mapped(&mut qemu)?;
     guest::finish(&mut qemu)?;

@@ -49,9 +49,9 @@ pub(crate) struct Options {
     files: Files,
     #[command(flatten)]
     programs: library::Programs,
-    /// Only tests whose name contains this
+    /// Only tests whose name contains this, or one of several
     #[arg(long, value_name = "TEXT")]
-    filter: Option<String>,
+    filter: Vec<String>,
     /// Also the tests that take long or are not reliable yet
     #[arg(long)]
     full: bool,
@@ -178,9 +178,9 @@ fn ordinary_vms() -> Vec<Test> {
 
 /// Runs them; true if none failed.
 pub(crate) fn run(options: &Options) -> bool {
-    let wanted = |test: &Test| match &options.filter {
-        Some(text) => test.name.contains(text.as_str()),
-        None => true,
+    let wanted = |test: &Test| {
+        let mut filters = options.filter.iter();
+        options.filter.is_empty() || filters.any(|text| test.name.contains(text.as_str()))
     };
     let tests: Vec<Test> = all(options).into_iter().filter(wanted).collect();
     if options.list {
@@ -214,7 +214,7 @@ fn report(number: usize, test: &Test, machine: &Machine, options: &Options) -> b
         return true;
     }
     let full = test.full || test.full_in_lab && is_lab(machine);
-    if full && !options.full && options.filter.is_none() {
+    if full && !options.full && options.filter.is_empty() {
         println!("ok {number} - {name} # SKIP only with --full");
         return true;
     }

@@ -2,7 +2,7 @@
 //! Conversions while the kernel has no memory for QEMU: the guest gets an error number or touches
 //! again, goes on, and both sides agree on what is private.
 
-use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -14,6 +14,7 @@ use crate::guest;
 use crate::probe::Need;
 use crate::qemu::Qemu;
 use crate::query;
+use crate::setting;
 use crate::strict::Strict;
 use crate::tap::Tap;
 use crate::vm::{Scenario, Size, Vm};
@@ -50,7 +51,7 @@ fn full_cgroup(context: &Context) -> Result<()> {
     drop(inside);
     // What finds no memory must fail, and nobody be killed for it.
     let path = format!("/proc/{}/oom_score_adj", qemu.pid());
-    fs::write(&path, "-1000").with_context(|| format!("cannot write {path}"))?;
+    setting::write(Path::new(&path), "-1000")?;
     sweep(&mut qemu, || group.limit(group.current()? + ROOM))?;
     let met = group.value("memory.events", "max")?;
     println!("# limit met {met} times");

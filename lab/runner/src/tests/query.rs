@@ -177,6 +177,9 @@ fn map(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// Runs of states that one answer has room for.
+pub(super) const RUNS: u32 = 65536;
+
 /// The whole map of ram0, in parts of so many runs.
 pub(super) fn read_map(qemu: &mut Qemu, max_runs: u32) -> Result<Vec<Run>> {
     let mut runs: Vec<Run> = Vec::new();

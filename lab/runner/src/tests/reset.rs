@@ -75,8 +75,7 @@ fn reset(context: &Context, machine: &str, smp: u32, resets: usize, runs: usize)
             Between::Part => part(&mut qemu)?,
             Between::All => whole(&mut qemu, number > 0)?,
         }
-        qemu.qmp.run("system_reset", json!({}))?;
-        qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+        guest::reset(&mut qemu)?;
         starts_over(&mut qemu)?;
         let now = Holdings::of(qemu.pid())?;
         if number == WARM_UP {
@@ -124,8 +123,7 @@ fn part(qemu: &mut Qemu) -> Result<()> {
         ensure!(Instant::now() < deadline, "the guest converts nothing");
         thread::sleep(Duration::from_millis(20));
     }
-    qemu.qmp.run("system_reset", json!({}))?;
-    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::reset(qemu)?;
     qemu.qmp.run("stop", json!({}))?;
     // SeaBIOS resets the machine once more when it finds that it has run before.
     let settle = Duration::from_millis(200);

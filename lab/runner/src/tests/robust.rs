@@ -115,8 +115,7 @@ fn converting(qemu: &mut Qemu) -> Result<()> {
 fn reset_while_paused(context: &Context) -> Result<()> {
     let mut qemu = context.start(&hypercalls(context))?;
     for _ in 0..3 {
-        qemu.qmp.run("system_reset", json!({}))?;
-        qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+        guest::reset(&mut qemu)?;
         query::backend(&mut qemu.qmp)?;
     }
     guest::run(&mut qemu, GUEST_LIMIT)?;
@@ -143,8 +142,7 @@ fn runs_twice(context: &Context, vm: &Vm) -> Result<()> {
     let first = query::backend(&mut qemu.qmp)?;
     guest::wait_line(&qemu, "1..", EXIT_LIMIT)?;
 
-    qemu.qmp.run("system_reset", json!({}))?;
-    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::reset(&mut qemu)?;
     guest::run_again(&mut qemu, GUEST_LIMIT)?;
     let second = query::backend(&mut qemu.qmp)?;
     freed::files_match(&second, qemu.pid())?;

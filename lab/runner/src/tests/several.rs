@@ -111,9 +111,7 @@ fn come_and_go(
 fn until_converted(qemu: &mut Qemu) -> Result<()> {
     let deadline = Instant::now() + EXIT_LIMIT;
     while guest::status(qemu)? == "running" {
-        let backends = query::backends(&mut qemu.qmp)?;
-        let dimm = backends.iter().find(|backend| backend.id == "extra");
-        let dimm = dimm.context("the DIMM has no backend")?;
+        let dimm = query::named(&mut qemu.qmp, "extra")?;
         if dimm.converted_to_private_bytes > 0 && dimm.converted_to_shared_bytes > 0 {
             return Ok(());
         }

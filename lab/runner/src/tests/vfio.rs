@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, mapped, reset};
 use crate::guest;
 use crate::probe::Need;
-use crate::qemu::{EXIT_LIMIT, Qemu};
+use crate::qemu::Qemu;
 use crate::query::{self, Backend};
 use crate::strict::Strict;
-use crate::vfio::{self, ManyMappings, Mapped};
+use crate::vfio::{self, Mapped};
 use crate::vm::{Scenario, Size, Vm};
 
 /// As little as serves two CPUs on both sides of 4 GiB: every page is a mapping of its own.
@@ -117,18 +117,7 @@ fn check(qemu: &mut Qemu, before: Mapped) -> Result<()> {
         "too little is private to be seen: {backend:?}"
     );
     for (mapped, private) in [(before, 0), (after, backend.private_bytes)] {
-        let expected = backend.size - private;
-        ensure!(
-            mapped.bytes.abs_diff(expected) <= OTHERS,
-            "{mapped:?} but {expected} bytes are not private"
-        );
-        let mappings = mapped
-            .mappings
-            .map_or(mapped.bytes, |n| 4096 * u64::from(n));
-        ensure!(
-            mappings.abs_diff(expected) <= OTHERS,
-            "{mapped:?}: not a mapping for each page"
-        );
+        all_mapped(mapped, backend.size - private)?;
     }
     ensure!(
         backend.stray_accesses == 0 && backend.transition_bytes == 0,
@@ -152,7 +141,7 @@ fn all_mapped(mapped: Mapped, expected: u64) -> Result<()> {
 /// Touches convert, pages start undecided, and all of them are visible at two addresses.
 fn strict(context: &Context) -> Result<()> {
     let _strict = Strict::on()?;
-    let _mappings = ManyMappings::allow()?;
+    let _mappings = vfio::many_mappings()?;
     let vm = Vm::conformance(&context.files, Scenario::Dma, true, SMALL, 2);
     let mut qemu = context.start(&with_device(vm, "")?)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
@@ -180,8 +169,7 @@ fn again(context: &Context, machine: &str) -> Result<()> {
     let before = Mapped::of(qemu.pid())?;
     reset::whole(&mut qemu, false)?;
     check(&mut qemu, before)?;
-    qemu.qmp.run("system_reset", json!({}))?;
-    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::reset(&mut qemu)?;
     all_mapped(Mapped::of(qemu.pid())?, SMALL.0).context("after a reset")?;
     reset::whole(&mut qemu, true)?;
     check(&mut qemu, before)?;
@@ -282,8 +270,7 @@ fn device_on_port() -> Result<Value> {
 }
 
 fn run_again(qemu: &mut Qemu) -> Result<()> {
-    qemu.qmp.run("system_reset", json!({}))?;
-    qemu.qmp.wait_event(&["RESET"], EXIT_LIMIT)?;
+    guest::reset(qemu)?;
     reset::whole(qemu, true)?;
     qemu.quit()?;
     Ok(())
