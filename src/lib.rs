@@ -40,6 +40,7 @@ mod userfault;
 pub mod vm;
 pub mod window;
 mod worker;
+mod zeroed;
 
 pub use addr::{FilePages, GuestPages, PAGE_SIZE};
 pub use backend::{Backend, BackendConfig, Discard, Prefault};

@@ -14,12 +14,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
-use bytemuck::Zeroable;
-use bytemuck::allocation::try_zeroed_slice_box;
 use parking_lot::{Condvar, Mutex};
 
 use crate::addr::{FilePages, PAGE_SIZE};
 use crate::claim::ASK_INTERVAL;
+use crate::zeroed::Zeroed;
 
 /// Pages of a chunk: 4 MiB.
 const CHUNK: u64 = 1024;
@@ -57,10 +56,6 @@ impl Part {
     }
 }
 
-fn zeroed<T: Zeroable>(count: u64) -> Option<Box<[T]>> {
-    try_zeroed_slice_box(usize::try_from(count).ok()?).ok()
-}
-
 /// Takes a pin from a chunk's. False if there is none.
 #[inline]
 fn take_pin(pins: &AtomicU64) -> bool {
@@ -77,12 +72,12 @@ fn take_page(pins: &AtomicU32) -> bool {
 
 /// How many pages of each chunk the host may not use.
 #[derive(Clone, Debug)]
-pub(crate) struct Closed(Arc<Box<[AtomicU32]>>);
+pub(crate) struct Closed(Arc<Zeroed<AtomicU32>>);
 
 impl Closed {
     /// For a number of pages that are all open. `None` if there is no memory.
     pub(crate) fn new(pages: u64) -> Option<Self> {
-        Some(Self(Arc::new(zeroed(pages.div_ceil(CHUNK))?)))
+        Some(Self(Arc::new(Zeroed::new(pages.div_ceil(CHUNK))?)))
     }
 
     /// The host may not use these pages any more.
@@ -121,11 +116,11 @@ pub(crate) enum Waited {
 #[derive(Debug)]
 pub(crate) struct Pins {
     /// How often each chunk is pinned as a whole.
-    whole: Box<[AtomicU64]>,
+    whole: Zeroed<AtomicU64>,
     /// How many pins there are of a part of each chunk.
-    parts: Box<[AtomicU64]>,
+    parts: Zeroed<AtomicU64>,
     /// How many of those each page belongs to.
-    pages: Box<[AtomicU32]>,
+    pages: Zeroed<AtomicU32>,
     /// The sum of all pinned ranges.
     pinned: AtomicU64,
     /// Threads that wait for pins to go.
@@ -138,9 +133,9 @@ impl Pins {
     /// `None` if there is no memory for the counters.
     pub(crate) fn new(pages: u64) -> Option<Self> {
         Some(Self {
-            whole: zeroed(pages.div_ceil(CHUNK))?,
-            parts: zeroed(pages.div_ceil(CHUNK))?,
-            pages: zeroed(pages)?,
+            whole: Zeroed::new(pages.div_ceil(CHUNK))?,
+            parts: Zeroed::new(pages.div_ceil(CHUNK))?,
+            pages: Zeroed::new(pages)?,
             pinned: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             lock: Mutex::default(),

@@ -13,6 +13,7 @@ use bitvec::prelude::*;
 
 use crate::addr::FilePages;
 use crate::pins::Closed;
+use crate::zeroed::Zeroed;
 
 /// One of the two views of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,8 +101,9 @@ impl From<View> for PageState {
 /// The states of all pages of a backend. 64 MiB for a backend of 1 TiB.
 #[derive(Debug)]
 pub struct PageStates {
-    shared: BitVec<u64, Lsb0>,
-    private: BitVec<u64, Lsb0>,
+    shared: Bitmap,
+    private: Bitmap,
+    pages: u64,
     counts: [u64; 4],
     closed: Closed,
 }
@@ -111,8 +113,9 @@ impl PageStates {
     /// for the bitmaps.
     pub fn new(pages: u64, initial: PageState) -> Option<Self> {
         let mut states = Self {
-            shared: bitmap(pages)?,
-            private: bitmap(pages)?,
+            shared: Bitmap::new(pages)?,
+            private: Bitmap::new(pages)?,
+            pages,
             counts: [pages, 0, 0, 0],
             closed: Closed::new(pages)?,
         };
@@ -124,7 +127,7 @@ impl PageStates {
 
     /// Number of pages.
     pub fn pages(&self) -> u64 {
-        self.shared.len() as u64
+        self.pages
     }
 
     /// Number of pages in a state, without a scan.
@@ -142,8 +145,9 @@ impl PageStates {
     /// # Panics
     /// If there is no such page.
     pub fn get(&self, page: u64) -> PageState {
+        assert!(page < self.pages, "there is no page {page}");
         let page = page as usize;
-        PageState::from_bits(self.shared[page], self.private[page])
+        PageState::from_bits(self.shared.bits()[page], self.private.bits()[page])
     }
 
     /// Moves a run of pages, all in state `from`, to state `to`.
@@ -151,6 +155,7 @@ impl PageStates {
     /// # Panics
     /// If the range does not lie inside the backend.
     pub fn set_run(&mut self, run: FilePages, from: PageState, to: PageState) {
+        assert!(run.end() <= self.pages, "there are no pages {run}");
         debug_assert!(
             self.runs(run).eq([(run, from)]),
             "{run} is not all {from:?}"
@@ -158,10 +163,10 @@ impl PageStates {
         let bits = run.start() as usize..run.end() as usize;
         let ((old_shared, old_private), (shared, private)) = (from.bits(), to.bits());
         if old_shared != shared {
-            self.shared[bits.clone()].fill(shared);
+            self.shared.bits_mut()[bits.clone()].fill(shared);
         }
         if old_private != private {
-            self.private[bits].fill(private);
+            self.private.bits_mut()[bits].fill(private);
         }
         self.counts[from as usize] -= run.count();
         self.counts[to as usize] += run.count();
@@ -199,10 +204,7 @@ impl PageStates {
         let (shared, private) = (flip_for(shared), flip_for(private));
         let first = page / 64;
         let words = first as usize..limit.div_ceil(64) as usize;
-        let (s, p) = (
-            &self.shared.as_raw_slice()[words.clone()],
-            &self.private.as_raw_slice()[words],
-        );
+        let (s, p) = (&self.shared.0[words.clone()], &self.private.0[words]);
         let differs = |(s, p): (&u64, &u64)| (s ^ shared) | (p ^ private);
         let end = |index: usize, differs: u64| {
             let bit = u64::from(differs.trailing_zeros());
@@ -230,16 +232,22 @@ fn flip_for(value: bool) -> u64 {
     if value { u64::MAX } else { 0 }
 }
 
-fn bitmap(bits: u64) -> Option<BitVec<u64, Lsb0>> {
-    // More than an address space has is more than can be reserved.
-    let bits = usize::try_from(bits).unwrap_or(usize::MAX);
-    let words = bits.div_ceil(64);
-    // `vec!` takes zeroed words untouched from the allocator, so that a large backend costs memory as
-    // it is used, but it aborts where there is none: ask first.
-    Vec::<u64>::new().try_reserve_exact(words).ok()?;
-    let mut bitmap = BitVec::from_vec(vec![0; words]);
-    bitmap.truncate(bits);
-    Some(bitmap)
+/// A bit for each page, and for those that would fill its last word.
+#[derive(Debug)]
+struct Bitmap(Zeroed<u64>);
+
+impl Bitmap {
+    fn new(pages: u64) -> Option<Self> {
+        Zeroed::new(pages.div_ceil(64)).map(Self)
+    }
+
+    fn bits(&self) -> &BitSlice<u64, Lsb0> {
+        BitSlice::from_slice(&self.0)
+    }
+
+    fn bits_mut(&mut self) -> &mut BitSlice<u64, Lsb0> {
+        BitSlice::from_slice_mut(&mut self.0)
+    }
 }
 
 #[cfg(test)]
