@@ -440,11 +440,11 @@ mod tests {
         const ROUNDS: u32 = 3_000;
         let (pins, closed) = (Pins::new(PAGES).unwrap(), Closed::new(PAGES).unwrap());
         let page = FilePages::new(5, 6).unwrap();
-        let [private, pinned, converted, both] = [const { AtomicU32::new(0) }; 4];
+        let [private, pinned, both, done] = [const { AtomicU32::new(0) }; 4];
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
-                    while converted.load(SeqCst) < ROUNDS {
+                    while done.load(SeqCst) == 0 {
                         if pins.add_one(&closed, page.start_bytes(), 1) {
                             pinned.fetch_add(1, SeqCst);
                             both.fetch_add(private.load(SeqCst), SeqCst);
@@ -453,16 +453,19 @@ mod tests {
                     }
                 });
             }
-            while converted.load(SeqCst) < ROUNDS || pinned.load(SeqCst) == 0 {
+            let mut converted = 0;
+            // On a busy machine the others may not have had their turn by then.
+            while converted < ROUNDS || pinned.load(SeqCst) == 0 {
                 closed.close(page);
                 if pins.first_in(page).is_none() {
                     private.store(1, SeqCst);
                     std::thread::yield_now();
                     private.store(0, SeqCst);
-                    converted.fetch_add(1, SeqCst);
+                    converted += 1;
                 }
                 closed.open(page);
             }
+            done.store(1, SeqCst);
         });
         assert_eq!(both.into_inner(), 0, "a page was pinned and private");
         assert_eq!(pins.bytes(), 0);
