@@ -49,6 +49,13 @@ enum Tried {
     Pinned(Run),
 }
 
+/// Tells listeners that runs are no longer the host's.
+fn let_go(runs: &[Run], told: &Told<'_>) {
+    for run in runs {
+        told.discard(&run.backend, run.pages);
+    }
+}
+
 /// Can pages of this window be private?
 fn check_private(backend: &Backend, window: &Window) -> Result<()> {
     let guest = window.guest;
@@ -248,9 +255,7 @@ impl Vm {
         for run in &runs {
             run.backend.prepare(run.pages, View::Private)?;
         }
-        for run in &runs {
-            told.discard(&run.backend, run.pages);
-        }
+        let_go(&runs, told);
         let Err(error) = self.set_attributes(&runs, View::Private) else {
             self.leave_used_behind(moves);
             // What went along is a hole in the shared view.
@@ -304,25 +309,24 @@ impl Vm {
         for run in &runs {
             run.backend.prepare(run.pages, View::Shared)?;
         }
-        let result = self
-            .set_attributes(&runs, View::Shared)
-            .and_then(|()| self.populate(&runs, told));
+        // Listeners are asked first: when one refuses, the guest has not seen anything yet.
+        let result = self.populate(&runs, told).and_then(|()| {
+            let set = self.set_attributes(&runs, View::Shared);
+            set.inspect_err(|_| let_go(&runs, told))
+        });
         match result {
             Ok(()) => self.leave(&runs, View::Private),
-            // The guest may have used the shared view before it was taken back.
+            // Devices may have used the shared view, or the guest, before it was taken back.
             Err(_) => self.leave(&runs, View::Shared),
         }
         result
     }
 
-    /// Tells that runs are shared now, or makes none of them so.
+    /// Tells listeners that runs are the host's, or none of them.
     fn populate(&self, runs: &[Run], told: &Told<'_>) -> Result<()> {
         for (index, run) in runs.iter().enumerate() {
             if let Err(error) = told.populate(&run.backend, run.pages) {
-                for run in &runs[..index] {
-                    told.discard(&run.backend, run.pages);
-                }
-                self.set_attributes_back(runs, View::Private);
+                let_go(&runs[..index], told);
                 return Err(error);
             }
         }

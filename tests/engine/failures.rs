@@ -103,10 +103,29 @@ fn what_a_device_wrote_before_the_pages_were_taken_back_is_not_kept() {
         machine.vm.convert(range, View::Private).unwrap();
     }
     machine.mapper.writes.store(true, Ordering::SeqCst);
-    // Calls: two windows for each of two runs, then the listener, which refuses the second.
-    machine.fault.arm(6);
-    let error = machine.vm.convert(guest(2, 8), View::Shared).unwrap_err();
+    // Calls: the listener for each of two runs, then two windows for each.
+    for (refuses, of_the_listener) in [(2, true), (3, false), (6, false)] {
+        machine.fault.arm(refuses);
+        let error = machine.vm.convert(guest(2, 8), View::Shared).unwrap_err();
+        assert_eq!(
+            matches!(error, Error::Listener { .. }),
+            of_the_listener,
+            "{error}"
+        );
+        machine.check_invariants();
+    }
+}
+
+#[test]
+fn a_listener_refuses_before_the_guest_can_see_anything() {
+    let machine = Machine::new();
+    let range = guest(2, 4);
+    machine.vm.convert(range, View::Private).unwrap();
+    // No attribute can be set from the refusal on: none is needed.
+    machine.fault.arm_pair(1, LASTING);
+    let error = machine.vm.convert(range, View::Shared).unwrap_err();
     assert!(matches!(error, Error::Listener { .. }), "{error}");
+    machine.fault.arm(0);
     machine.check_invariants();
 }
 

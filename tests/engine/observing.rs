@@ -88,7 +88,8 @@ fn the_listener_hears_of_requests_that_the_host_fails_and_of_no_others() {
     machine.fault.arm(0);
     assert_eq!(heard(), [(guest(3, 4), View::Shared)]);
 
-    machine.fault.arm(1);
+    // Calls: the punch that is owed, the listener, the attribute.
+    machine.fault.arm(3);
     assert_eq!(share().unwrap(), 1, "the second try succeeds");
     assert_eq!(heard(), []);
 }
