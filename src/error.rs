@@ -210,6 +210,15 @@ pub enum Error {
         found: String,
     },
 
+    /// The mode that was demanded does not serve the VM.
+    #[error("mode={name} is not possible: {reason}")]
+    DemandedMode {
+        /// Of the mode, as users write it.
+        name: &'static str,
+        /// Why it does not.
+        reason: Box<Error>,
+    },
+
     /// No mode serves the VM.
     #[error("neither mode serves this VM: mode=private: {private}; mode=mapped: {mapped}")]
     NoMode {
@@ -306,6 +315,7 @@ impl Error {
                 source.raw_os_error().unwrap_or(Errno::IO.raw_os_error())
             }
             Error::NoMemory { .. } => Errno::NOMEM.raw_os_error(),
+            Error::DemandedMode { reason, .. } => reason.errno(),
             Error::Unsupported { .. } | Error::NoMode { .. } => Errno::OPNOTSUPP.raw_os_error(),
             Error::Overlap(_) => Errno::EXIST.raw_os_error(),
             Error::NoWindow { .. } => Errno::NOENT.raw_os_error(),

@@ -313,8 +313,8 @@ impl Vm {
 
 fn choose_mode(owner: &dyn Owner, wanted: Option<Mode>) -> Result<Mode> {
     match wanted {
-        Some(Mode::Private) => owner.check_private_memory().map(|()| Mode::Private),
-        Some(Mode::Mapped) => owner.check_mapped_memory().map(|()| Mode::Mapped),
+        Some(Mode::Private) => demanded(Mode::Private, "private", owner.check_private_memory()),
+        Some(Mode::Mapped) => demanded(Mode::Mapped, "mapped", owner.check_mapped_memory()),
         None => match (owner.check_private_memory(), owner.check_mapped_memory()) {
             (Ok(()), _) => Ok(Mode::Private),
             (Err(_), Ok(())) => Ok(Mode::Mapped),
@@ -324,6 +324,14 @@ fn choose_mode(owner: &dyn Owner, wanted: Option<Mode>) -> Result<Mode> {
             }),
         },
     }
+}
+
+/// The mode, or why it cannot be had.
+fn demanded(mode: Mode, name: &'static str, check: Result<()>) -> Result<Mode> {
+    check.map(|()| mode).map_err(|reason| Error::DemandedMode {
+        name,
+        reason: Box::new(reason),
+    })
 }
 
 fn check_bind(config: &BackendConfig, mode: Mode) -> Result<()> {

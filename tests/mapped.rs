@@ -195,3 +195,16 @@ fn where_no_mode_serves_the_message_says_why_of_both() {
         "{text}"
     );
 }
+
+#[test]
+fn a_mode_that_is_demanded_and_cannot_be_had_is_named() {
+    let vm = Vm::new(Arc::new(OldKernel), Box::new(Silent));
+    for (mode, name) in [(Mode::Private, "private"), (Mode::Mapped, "mapped")] {
+        let error = vm.create_backend(config(Some(mode), false)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("mode={name} is not possible: this: that")
+        );
+        assert_eq!(error.errno(), 95, "EOPNOTSUPP");
+    }
+}

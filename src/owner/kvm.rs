@@ -81,53 +81,16 @@ impl KvmOwner {
 
 impl Owner for KvmOwner {
     fn check_private_memory(&self) -> Result<()> {
-        let lacks = |found: &str| {
-            Err(Error::Unsupported {
-                wanted: "private memory in a guest_memfd".into(),
-                found: found.into(),
-            })
-        };
-        if !self.has_guest_memfd() {
-            return lacks("KVM has no guest_memfd here; Linux 6.8 or later is needed");
-        }
         let attributes = self
             .vm
             .check_extension_raw(KVM_CAP_MEMORY_ATTRIBUTES.into());
-        if i64::from(attributes) & i64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE) == 0 {
-            return lacks(
-                "this VM's type has no private memory; use a confidential guest (sev-snp-guest, \
-                 tdx-guest, sw-protected-guest)",
-            );
-        }
-        Ok(())
+        check_private_memory(self.has_guest_memfd(), attributes.into())
     }
 
     fn check_mapped_memory(&self) -> Result<()> {
-        let lacks = |found: &str| {
-            Err(Error::Unsupported {
-                wanted: "a guest_memfd that the host maps".into(),
-                found: found.into(),
-            })
-        };
-        if !self.has_guest_memfd() {
-            return lacks("KVM has no guest_memfd here; Linux 6.18 or later is needed");
-        }
         // An unknown capability is answered by 0.
         let flags = self.vm.check_extension_raw(KVM_CAP_GUEST_MEMFD_FLAGS);
-        let flags = u64::try_from(flags).unwrap_or(0);
-        if flags & FLAG_MMAP == 0 {
-            return lacks(
-                "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP; Linux 6.18 or later is \
-                 needed, or another memory backend",
-            );
-        }
-        if flags & FLAG_INIT_SHARED == 0 {
-            return lacks(
-                "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_INIT_SHARED, as it does for VMs \
-                 with private memory; use mode=private, or a VM without a confidential guest",
-            );
-        }
-        Ok(())
+        check_mapped_memory(self.has_guest_memfd(), u64::try_from(flags).unwrap_or(0))
     }
 
     fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
@@ -151,5 +114,87 @@ impl Owner for KvmOwner {
             flags: 0,
         })?;
         Ok(())
+    }
+}
+
+fn check_private_memory(has_guest_memfd: bool, attributes: i64) -> Result<()> {
+    let lacks = |found: &str| {
+        Err(Error::Unsupported {
+            wanted: "private memory in a guest_memfd".into(),
+            found: found.into(),
+        })
+    };
+    if !has_guest_memfd {
+        return lacks("KVM has no guest_memfd here; Linux 6.8 or later is needed");
+    }
+    if attributes & i64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE) == 0 {
+        return lacks(
+            "this VM's type has no private memory; use a confidential guest (sev-snp-guest, \
+             tdx-guest, sw-protected-guest)",
+        );
+    }
+    Ok(())
+}
+
+fn check_mapped_memory(has_guest_memfd: bool, flags: u64) -> Result<()> {
+    let lacks = |found: &str| {
+        Err(Error::Unsupported {
+            wanted: "a guest_memfd that the host maps".into(),
+            found: found.into(),
+        })
+    };
+    if !has_guest_memfd {
+        return lacks("KVM has no guest_memfd here; Linux 6.18 or later is needed");
+    }
+    if flags & FLAG_MMAP == 0 {
+        return lacks(
+            "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP; Linux 6.18 or later is \
+             needed, or another memory backend",
+        );
+    }
+    if flags & FLAG_INIT_SHARED == 0 {
+        return lacks(
+            "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_INIT_SHARED, as it does for VMs \
+             with private memory; use mode=private, or a VM without a confidential guest",
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Kernels and VMs that this machine may not have.
+    #[test]
+    fn what_a_kernel_lacks_is_named_with_what_would_work() {
+        let private = i64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+        for (refused, words) in [
+            (
+                check_private_memory(false, private),
+                ["no guest_memfd", "Linux 6.8"],
+            ),
+            (
+                check_private_memory(true, 0),
+                ["no private memory", "use a confidential guest"],
+            ),
+            (
+                check_mapped_memory(false, 3),
+                ["no guest_memfd", "Linux 6.18"],
+            ),
+            (
+                check_mapped_memory(true, 0),
+                ["lacks GUEST_MEMFD_FLAG_MMAP", "Linux 6.18"],
+            ),
+            (
+                check_mapped_memory(true, FLAG_MMAP),
+                ["lacks GUEST_MEMFD_FLAG_INIT_SHARED", "use mode=private"],
+            ),
+        ] {
+            let text = refused.unwrap_err().to_string();
+            assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        }
+        check_private_memory(true, private).unwrap();
+        check_mapped_memory(true, FLAG_MMAP | FLAG_INIT_SHARED).unwrap();
     }
 }
