@@ -31,6 +31,7 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("mapped/snapshot-monitor", needs, by_monitor),
         Test::new("mapped/dirty-rate", needs, dirty_rate),
         Test::new("mapped/postcopy-refused", needs, postcopy),
+        Test::new("mapped/cpr-refused", needs, cpr),
         Test::new("mapped/bound-migration-refused", needs, bound),
         Test::new("mapped/bound-only-migratable", needs, only_migratable),
     ]
@@ -247,6 +248,32 @@ fn postcopy(context: &Context) -> Result<()> {
     let mut qemu = context.start_as("target", &target(context, "-incoming defer"))?;
     let arguments = json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]});
     refused(&mut qemu, "migrate-set-capabilities", arguments, "TMPFS")
+}
+
+/// A QEMU that takes over without the memory would find none of it.
+fn cpr(context: &Context) -> Result<()> {
+    let dir = TempDir::new()?;
+    let mut vm = Vm::ordinary(super::SIZE);
+    // Or what is refused is the rest of QEMU's memory.
+    vm.machine.push_str(",aux-ram-share=on");
+    let mut qemu = context.start(&vm)?;
+    let channel = |kind: &str| {
+        let path = dir.path().join(kind);
+        let address = json!({"transport": "socket", "type": "unix", "path": path});
+        json!({"channel-type": kind, "addr": address})
+    };
+    for mode in ["cpr-transfer", "cpr-exec"] {
+        let parameters = json!({"mode": mode, "cpr-exec-command": ["false"]});
+        qemu.qmp.run("migrate-set-parameters", parameters)?;
+        let channels = match mode {
+            "cpr-transfer" => json!([channel("main"), channel("cpr")]),
+            _ => json!([channel("main")]),
+        };
+        let arguments = json!({"channels": channels});
+        let why = "guest_memfd, which is not supported with CPR";
+        refused(&mut qemu, "migrate", arguments, why)?;
+    }
+    Ok(())
 }
 
 fn refused(qemu: &mut Qemu, command: &str, arguments: Value, word: &str) -> Result<()> {

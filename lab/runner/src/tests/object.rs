@@ -45,7 +45,11 @@ fn bad_properties() -> Vec<Test> {
             backend("size=9223372036854771712"),
             &["too large"],
         ),
-        ("share-off", backend("size=256M,share=off"), &["share"]),
+        (
+            "share-off",
+            backend("size=256M,share=off"),
+            &["use share=on"],
+        ),
         (
             "mode-unknown",
             backend("size=256M,mode=sideways"),
@@ -74,7 +78,9 @@ fn bad_properties() -> Vec<Test> {
         (
             "mode-mapped",
             backend("size=256M,mode=mapped"),
-            &["GUEST_MEMFD_FLAG_INIT_SHARED"],
+            &[
+                "mode=mapped is not possible: a guest_memfd that the host maps: KVM_CAP_GUEST_MEMFD_FLAGS lacks",
+            ],
         ),
         (
             "bind-private",
@@ -102,19 +108,19 @@ fn bad_machines() -> Vec<Test> {
             "ordinary-vm-mode-private",
             &[Need::Kvm],
             ordinary("size=256M,mode=private"),
-            &["private", "confidential"],
+            &["mode=private is not possible"],
         ),
         refused(
             "ordinary-vm-share-off",
             &[Need::MappedMemory],
             ordinary("size=256M,share=off"),
-            &["share"],
+            &["use share=on"],
         ),
         refused(
             "ordinary-vm-hugetlb",
             &[Need::MappedMemory],
             ordinary("size=256M,hugetlb=on"),
-            &["4 KiB"],
+            &["pages of 4 KiB only for guest_memfd; use hugetlb=off"],
         ),
         refused(
             "ordinary-vm-lazy-attributes",
