@@ -217,6 +217,15 @@ fn given_back(qemu: &mut Qemu) -> Result<()> {
     Ok(())
 }
 
+/// Where the guest has private pages, the shared file has holes.
+pub(super) fn holes_where_private(qemu: &mut Qemu) -> Result<()> {
+    let file = memfd(qemu.pid())?;
+    match data_in_private(qemu, &file)? {
+        Some(offset) => bail!("at {offset:#x} the shared file has data, and the page is private"),
+        None => Ok(()),
+    }
+}
+
 /// The first byte of data where there must be none.
 fn data_in_private(qemu: &mut Qemu, file: &fs::File) -> Result<Option<u64>> {
     for run in read_map(qemu, RUNS)? {

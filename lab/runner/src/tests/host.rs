@@ -13,7 +13,9 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::dump::Elf;
-use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests, mapped_devices, mapped_migration};
+use super::{
+    Context, GUEST_LIMIT, SIZE, Test, freed, guard, guests, mapped_devices, mapped_migration,
+};
 use crate::guest;
 use crate::probe::Need;
 use crate::qemu::{EXIT_LIMIT, Qemu};
@@ -68,6 +70,7 @@ fn access(context: &Context) -> Result<()> {
     save(&mut qemu, dir.path(), &pages).context("memory in files")?;
     debugger(&gdb, &pages).context("the gdbstub")?;
     migration(&mut qemu, dir.path()).context("migration")?;
+    dirty_rate(&mut qemu).context("calc-dirty-rate")?;
     let after = query::backend(&mut qemu.qmp)?;
     ensure!(before == after, "the host changed {before:?} to {after:?}");
     // This one reads all of the shared view, which allocates it: a memfd has no page of zeros.
@@ -81,6 +84,7 @@ fn access(context: &Context) -> Result<()> {
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let backend = query::backend(&mut qemu.qmp)?;
     freed::files_match(&backend, qemu.pid())?;
+    guard::holes_where_private(&mut qemu)?;
     ensure!(
         backend.waits > 0 && backend.pinned_bytes == 0,
         "no conversion waited, or something is still pinned: {backend:?}"
@@ -159,7 +163,7 @@ fn waiting(qemu: &mut Qemu) -> Result<()> {
     }
 }
 
-/// `xp` and `x`; the guest maps all memory at its physical address.
+/// `xp` and `x`, for which the guest maps all memory at its physical address; `gpa2hva` and `gpa2hpa`.
 fn monitor(qemu: &mut Qemu, pages: &Pages) -> Result<()> {
     let first = u64::from_le_bytes(pages.pattern[..8].try_into()?);
     for command in ["xp", "x"] {
@@ -176,6 +180,25 @@ fn monitor(qemu: &mut Qemu, pages: &Pages) -> Result<()> {
             shared.ends_with(&format!("{first:#018x}")),
             "{command} of a shared page: {shared}, not {first:#018x}"
         );
+    }
+    for command in ["gpa2hva", "gpa2hpa"] {
+        let mut find = |address: u64| guest::monitor(qemu, &format!("{command} {address:#x}"));
+        let (private, shared) = (find(pages.private)?, find(pages.shared)?);
+        ensure!(
+            private.contains("not accessible to the host") && shared.contains(") is 0x"),
+            "{command} of a private page: {private}, of a shared one: {shared}"
+        );
+    }
+    Ok(())
+}
+
+/// The host does not take samples, and knows that KVM logs nothing.
+fn dirty_rate(qemu: &mut Qemu) -> Result<()> {
+    for mode in ["page-sampling", "dirty-bitmap"] {
+        let arguments = json!({"calc-time": 1, "mode": mode});
+        let answer = qemu.qmp.raw("calc-dirty-rate", arguments)?;
+        let why = answer.err().context("it is not refused")?.desc;
+        ensure!(why.contains("private to the guest"), "{mode}: {why}");
     }
     Ok(())
 }
