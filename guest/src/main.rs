@@ -27,6 +27,7 @@ mod serial;
 mod smp;
 mod tap;
 mod tester;
+mod vapic;
 mod virtio;
 
 /// Without panic=abort there is no bare-metal program; this one says how to get it.

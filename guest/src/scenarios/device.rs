@@ -8,9 +8,9 @@ use crate::failure::Failure;
 use crate::hypercall;
 use crate::tester::{Check, Tester};
 use crate::virtio::{Buffer, Kind, Queue};
-use crate::{apic, fwcfg, tap};
-use guestmemfd_guest::DISK_PART;
+use crate::{apic, fwcfg, tap, vapic};
 use guestmemfd_guest::model::Intent::{Private, Shared};
+use guestmemfd_guest::{DISK_PART, PAGE_SIZE};
 
 /// What a request is answered with while a device uses its pages.
 const EBUSY: i64 = -16;
@@ -35,6 +35,25 @@ pub(super) fn run(run: &mut Run<'_>) {
     run.test("nor does it read its orders there", |tester| {
         // SAFETY: the page is test memory; no order that it could hold is a transfer.
         unsafe { fwcfg::order_at(tester.memory.gpa(PRIVATE)) };
+        tester.holds(PRIVATE..PRIVATE + 1, Private, SECRET)
+    });
+    run.test("nor for an option ROM's size", |tester| {
+        let rom = vapic::rom().ok_or(Failure::Missing("no option ROM of QEMU's vAPIC"))?;
+        let (gpa, attributes) = (rom & !(PAGE_SIZE - 1), hypercall::attributes(Private));
+        tester.model.counts.hypercalls += 1;
+        match hypercall::map_gpa_range(gpa, 1, attributes) {
+            // The second time shows that the first has left QEMU in order.
+            0 => (0..2).for_each(|_| vapic::announce()),
+            got => {
+                return Err(Failure::Request {
+                    gpa,
+                    pages: 1,
+                    attributes,
+                    got,
+                    expected: "0",
+                });
+            }
+        }
         tester.holds(PRIVATE..PRIVATE + 1, Private, SECRET)
     });
     run.test("a disk does not write to private pages", |tester| {

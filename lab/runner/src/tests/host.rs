@@ -90,7 +90,7 @@ fn access(context: &Context) -> Result<()> {
         "no conversion waited, or something is still pinned: {backend:?}"
     );
     let tap = guest::finish(&mut qemu)?;
-    ensure!(tap.verdict()? >= 6, "the guest has left something out");
+    ensure!(tap.verdict()? >= 7, "the guest has left something out");
     Ok(())
 }
 
