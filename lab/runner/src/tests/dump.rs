@@ -26,6 +26,7 @@ pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory];
     vec![
         Test::new("dump/elf", private, elf),
+        Test::new("dump/paging", private, paging),
         Test::new("dump/kdump", private, kdump),
     ]
 }
@@ -56,13 +57,47 @@ fn elf(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// The guest maps all of its memory, private and shared, with few large pages.
+fn paging(context: &Context) -> Result<()> {
+    let dir = TempDir::new()?;
+    let mut qemu = ended_guest(context)?;
+    let private = pages_in(&mut qemu, State::Private)?;
+    let shared = pages_in(&mut qemu, State::Shared)?;
+    let dump = Elf::with_paging(&mut qemu, dir.path())?;
+    let lost = shared.iter().find(|page| dump.from(**page).is_none());
+    ensure!(
+        shared.len() > 1 && lost.is_none(),
+        "the dump lacks the shared page {lost:#x?}"
+    );
+    let dumped = private.iter().find(|page| dump.from(**page).is_some());
+    ensure!(dumped.is_none(), "the dump has {dumped:#x?}");
+    let unlisted = private.iter().find(|page| !dump.lists(**page));
+    ensure!(
+        private.len() > 1 && unlisted.is_none(),
+        "the dump does not list {unlisted:#x?}"
+    );
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// Where page tables are private, a dump with paging would have no memory at all.
+pub(super) fn refuses_paging(qemu: &mut Qemu) -> Result<()> {
+    let dir = TempDir::new()?;
+    let protocol = format!("file:{}", dir.path().join("dump").display());
+    let arguments = json!({"paging": true, "protocol": protocol});
+    let answer = qemu.qmp.raw("dump-guest-memory", arguments)?;
+    let why = answer.err().context("a dump with paging is written")?.desc;
+    ensure!(why.contains("page tables"), "no reason in {why:?}");
+    Ok(())
+}
+
 /// In kdump's formats a page that is left out is one that the guest does not have.
 fn kdump(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
     let mut qemu = ended_guest(context)?;
     let private = pages_in(&mut qemu, State::Private)?;
     let shared = pages_in(&mut qemu, State::Shared)?;
-    let bytes = dump(&mut qemu, dir.path(), "kdump-raw-zlib")?;
+    let bytes = dump(&mut qemu, dir.path(), "kdump-raw-zlib", false)?;
     // struct disk_dump_header.
     let number = |at: usize| -> Result<usize> {
         let bytes = bytes.get(at..at + 4).context("the dump has no header")?;
@@ -103,10 +138,10 @@ fn pages_in(qemu: &mut Qemu, state: State) -> Result<Vec<u64>> {
         .collect())
 }
 
-fn dump(qemu: &mut Qemu, dir: &Path, format: &str) -> Result<Vec<u8>> {
+fn dump(qemu: &mut Qemu, dir: &Path, format: &str, paging: bool) -> Result<Vec<u8>> {
     let file = dir.join("dump");
     let protocol = format!("file:{}", file.display());
-    let arguments = json!({"paging": false, "protocol": protocol, "format": format});
+    let arguments = json!({"paging": paging, "protocol": protocol, "format": format});
     qemu.qmp.run("dump-guest-memory", arguments)?;
     Ok(fs::read(&file)?)
 }
@@ -119,7 +154,14 @@ pub(super) struct Elf {
 
 impl Elf {
     pub(super) fn of(qemu: &mut Qemu, dir: &Path) -> Result<Self> {
-        let bytes = dump(qemu, dir, "elf")?;
+        Self::parse(dump(qemu, dir, "elf", false)?)
+    }
+
+    fn with_paging(qemu: &mut Qemu, dir: &Path) -> Result<Self> {
+        Self::parse(dump(qemu, dir, "elf", true)?)
+    }
+
+    fn parse(bytes: Vec<u8>) -> Result<Self> {
         let elf = ElfBytes::<LittleEndian>::minimal_parse(&bytes)?;
         let segments = elf.segments().context("the dump has no segments")?;
         let segments = segments.iter().filter(|s| s.p_type == PT_LOAD).collect();
@@ -133,6 +175,12 @@ impl Elf {
         let start = segment.p_offset + (address - segment.p_paddr);
         let end = segment.p_offset + segment.p_filesz;
         self.bytes.get(start as usize..end as usize)
+    }
+
+    /// Is this address listed without being in it?
+    fn lists(&self, address: u64) -> bool {
+        let mut absent = self.segments.iter().filter(|s| s.p_filesz == 0);
+        absent.any(|s| (s.p_paddr..s.p_paddr + s.p_memsz).contains(&address))
     }
 
     /// Pages that are listed without being in it.
