@@ -9,7 +9,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use tempfile::TempDir;
 
 use crate::cargo;
 use crate::context::Context;
@@ -18,6 +17,7 @@ use crate::kernel::{self, Kernel};
 use crate::process::{Job, command};
 use crate::progress::Step;
 use crate::qemu::Qemu;
+use crate::scratch::Scratch;
 use crate::tsc;
 
 /// How many of the last lines of level 1's console an error shows.
@@ -166,11 +166,8 @@ impl Lab {
     }
 
     /// A folder with what jobs use, removed when it is no longer in use.
-    fn job_folder(&self, ctx: &Context, programs: &[PathBuf]) -> Result<TempDir> {
-        let folder = tempfile::Builder::new()
-            .prefix("job-")
-            .tempdir_in(ctx.scratch())
-            .context("cannot make a folder for the job")?;
+    fn job_folder(&self, ctx: &Context, programs: &[PathBuf]) -> Result<Scratch> {
+        let folder = Scratch::new("job-", ctx.scratch())?;
         fs::create_dir(folder.path().join("bin"))?;
         let ours = [(&self.runner, "guestmemfd-lab"), (&self.guest, "guest.elf")];
         let ours = ours.map(|(from, name)| (from, OsStr::new(name)));

@@ -20,6 +20,7 @@ mod progress;
 mod python;
 mod qemu;
 mod qemu_source;
+mod scratch;
 mod test;
 mod tsc;
 

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::progress::seconds;
+use crate::scratch;
 
 /// How many of the last lines an error shows.
 const TAIL: usize = 30;
@@ -34,6 +35,7 @@ pub(crate) fn end_children_on_interrupt() -> Result<()> {
                 let _ = kill_process_group(*group, Signal::TERM);
             }
         }
+        scratch::remove_all();
         eprintln!("\ninterrupted");
         std::process::exit(130);
     })
