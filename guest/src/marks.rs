@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Instructions that do nothing, by which the guest tells whoever watches its emulated CPU where
+//! Instructions that do nothing, by which the guest, or who starts it, tells whoever watches the emulated CPU where
 //! something that it measures begins and ends. Each is `nopl N(%rax)`; the number says which mark.
 
 /// The bytes before the number.

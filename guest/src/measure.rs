@@ -8,6 +8,8 @@ pub enum Bench {
     Start,
     /// Conversions by hypercall.
     Request,
+    /// Those for single pages in order, over 1 GiB.
+    Sequential,
     /// A few of those, quickly.
     Check,
     /// Conversions by touching memory.
@@ -24,9 +26,10 @@ pub enum Bench {
 
 impl Bench {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Start,
         Self::Request,
+        Self::Sequential,
         Self::Check,
         Self::Fault,
         Self::Twice,
@@ -41,6 +44,7 @@ impl Bench {
         match self {
             Self::Start => "start",
             Self::Request => "request",
+            Self::Sequential => "sequential",
             Self::Check => "check",
             Self::Fault => "fault",
             Self::Twice => "twice",

@@ -187,10 +187,11 @@ fn look_at(instruction: *mut Instruction, of_guest: bool, state: &mut State) {
             api::qemu_plugin_register_vcpu_insn_exec_cb(instruction, callback, NO_REGISTERS, data);
         }
     };
+    // No compiler writes such an instruction to fill a gap.
+    if Mark::decode(bytes).is_some() {
+        on_execution(on_mark, ptr::without_provenance_mut(bytes[3].into()));
+    }
     if of_guest {
-        if Mark::decode(bytes).is_some() {
-            on_execution(on_mark, ptr::without_provenance_mut(bytes[3].into()));
-        }
         // SAFETY: as above.
         unsafe {
             api::qemu_plugin_register_vcpu_mem_cb(

@@ -6,7 +6,7 @@
 //!     qemu-system-x86_64 -plugin libguestmemfd_plugin.so,out=FILE ...
 //!
 //! The file gets a line `part=... samples=... guest=... user=... kernel=...` for each line that the
-//! guest prints, in the same order; at the end a line `all guest=...` with everything since level 1
+//! guest prints, in the same order, or the runner where it measures; at the end a line `all guest=...` with everything since level 1
 //! was switched on, and a line `touch=ADDRESS access=read|write` for each page.
 //!
 //! Level 2 begins with the instruction VMRUN and ends where the kernel goes on behind it. This needs

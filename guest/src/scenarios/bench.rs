@@ -20,6 +20,8 @@ use spin::Mutex;
 
 /// Pages of the memory that is converted: 96 MiB.
 pub(super) const PAGES: usize = 96 << 20 >> 12;
+/// Pages of the memory that is converted page by page.
+const GIB_PAGES: usize = 1 << 30 >> 12;
 const TWO_MIB: u64 = 2 << 20;
 /// How often a loop of known length goes round.
 const ROUNDS: u64 = 1_000_000;
@@ -98,6 +100,7 @@ static TO_PRIVATE: Mutex<Meter> = Mutex::new(Meter::new(0));
 static TO_SHARED: Mutex<Meter> = Mutex::new(Meter::new(PARTS.len() as u8));
 
 /// Requests of one size, spread over the memory.
+#[derive(Clone, Copy)]
 struct Case {
     name: &'static str,
     /// Pages of a request.
@@ -149,12 +152,29 @@ const CHECK_CASES: [Case; 3] = [
     case("sequential-4k", 1, 1, 512),
 ];
 
+/// As `sequential-4k`, but far longer.
+const SEQUENTIAL_CASES: [Case; 1] = [case("sequential-4k-1g", 1, 1, GIB_PAGES)];
+
 const FAULT_CASES: [Case; 2] = [
     case("fault-4k", 1, 67, 256),
     case("fault-sequential-4k", 1, 1, SEQUENCE),
 ];
 
 impl Case {
+    /// The same pages in one request, if they lie side by side.
+    fn at_once(self) -> Self {
+        if self.stride > self.pages {
+            return self;
+        }
+        let pages = self.pages * self.places;
+        Self {
+            pages,
+            stride: pages,
+            places: 1,
+            ..self
+        }
+    }
+
     fn starts(&self) -> impl Iterator<Item = usize> + use<> {
         (0..self.places * self.stride).step_by(self.stride)
     }
@@ -169,16 +189,22 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// The first room for it.
-    fn find(map: &memmap::Map, within: layout::Range, shared_bit: Option<u32>) -> Option<Self> {
+    /// The first room for so many pages of it.
+    fn find(
+        map: &memmap::Map,
+        pages: usize,
+        within: layout::Range,
+        shared_bit: Option<u32>,
+    ) -> Option<Self> {
+        let size = pages as u64 * PAGE_SIZE;
         let mut starts = map.usable().filter_map(|range| {
             let room = within.overlap(range)?;
             let start = room.start.checked_next_multiple_of(TWO_MIB)?;
-            (start.checked_add(PAGES as u64 * PAGE_SIZE)? <= room.end).then_some(start)
+            (start.checked_add(size)? <= room.end).then_some(start)
         });
         let start = starts.next()?;
         let shared_mask = shared_bit.map_or(0, |bit| 1 << bit);
-        for address in [start, start + PAGES as u64 * PAGE_SIZE - 1] {
+        for address in [start, start + size - 1] {
             paging::map(address);
             paging::map(address | shared_mask);
         }
@@ -232,16 +258,25 @@ pub(crate) fn run(bench: Bench, options: &Options, map: &memmap::Map) -> bool {
         Bench::Fault => (layout::Range::HIGH, options.shared_bit),
         _ => (layout::Range::LOW, None),
     };
-    let Some(memory) = Memory::find(map, within, shared_bit) else {
+    let pages = match bench {
+        Bench::Sequential => GIB_PAGES,
+        _ => PAGES,
+    };
+    let Some(memory) = Memory::find(map, pages, within, shared_bit) else {
         tap::bail_out(format_args!(
-            "bench={} needs 96 MiB of free memory from {:#x} on",
+            "bench={} needs {} MiB of free memory from {:#x} on",
             bench.name(),
+            (pages as u64 * PAGE_SIZE) >> 20,
             within.start
         ));
     };
     match bench {
         Bench::Start => {}
-        Bench::Request => requests(memory, &CASES, true),
+        Bench::Request => {
+            exits();
+            requests(memory, &CASES, true);
+        }
+        Bench::Sequential => requests(memory, &SEQUENTIAL_CASES, true),
         Bench::Check => requests(memory, &CHECK_CASES, false),
         Bench::Fault => faults(memory),
         Bench::Twice => twice(memory),
@@ -256,7 +291,6 @@ pub(crate) fn run(bench: Bench, options: &Options, map: &memmap::Map) -> bool {
 /// With `settle`, work that was put off counts too.
 fn requests(memory: Memory, cases: &[Case], settle: bool) {
     unit();
-    exits();
     let quiet = settle.then(quiet);
     for case in cases {
         measure(case, |case, meter, intent| {
@@ -317,11 +351,12 @@ fn twice(memory: Memory) {
     }
 }
 
-/// Converts to private and back, once unmeasured, so that nothing is then touched or decided for the
-/// first time, and as often as the case says.
+/// Converts to private and back, once unmeasured and as quickly as possible, so that nothing is then touched
+/// or decided for the first time, and as often as the case says.
 fn measure(case: &Case, convert: impl Fn(&Case, &mut Meter, Intent)) {
     let (mut to_private, mut to_shared) = (TO_PRIVATE.lock(), TO_SHARED.lock());
     for round in 0..=case.rounds {
+        let case = if round == 0 { &case.at_once() } else { case };
         convert(case, &mut to_private, Private);
         convert(case, &mut to_shared, Shared);
         if round == 0 {

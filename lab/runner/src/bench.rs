@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::cgroup::Group;
+use crate::marks;
 use crate::strict::Strict;
 use crate::vm::{BACKEND, Files, SHARED_BIT, Size};
 
@@ -62,6 +63,8 @@ enum Bench {
     Start,
     /// Conversions by hypercall
     Request,
+    /// Those for single pages in order, over 1 GiB
+    Sequential,
     /// Those of them that are compared with a baseline
     Check,
     /// Conversions by touching memory
@@ -85,6 +88,7 @@ impl Bench {
         match self {
             Self::Start => "start",
             Self::Request => "request",
+            Self::Sequential => "sequential",
             Self::Check => "check",
             Self::Fault => "fault",
             Self::Twice => "twice",
@@ -138,7 +142,7 @@ fn run(options: &Options) -> Result<()> {
     let group = matches!(options.bench, Bench::Start | Bench::Twice);
     let group = group.then(|| Group::new("bench")).transpose()?;
     let _inside = group.as_ref().map(Group::enter).transpose()?;
-    let taken = guest(command(options)?, group.as_ref())?;
+    let taken = guest(options, group.as_ref())?;
     match (options.bench, &group) {
         (Bench::Start, Some(_)) => {
             measured("start", "time", 1, nanoseconds(taken.start)?);
@@ -170,6 +174,7 @@ fn prealloc(options: &Options) -> Result<()> {
 /// does not run.
 fn until_ready(mut command: Command) -> Result<Duration> {
     command.args(["-S", "-monitor", "stdio"]);
+    marks::begin();
     let before = Instant::now();
     let mut child = command
         .stdin(Stdio::piped())
@@ -179,6 +184,7 @@ fn until_ready(mut command: Command) -> Result<Duration> {
     let mut output = child.stdout.take().context("no stdout")?;
     let read = output.read(&mut [0])?;
     let took = before.elapsed();
+    marks::end();
     ensure!(read == 1, "QEMU ended before it was ready");
     writeln!(child.stdin.take().context("no stdin")?, "quit")?;
     std::io::copy(&mut output, &mut std::io::sink())?;
@@ -188,7 +194,11 @@ fn until_ready(mut command: Command) -> Result<Duration> {
 }
 
 /// Runs a guest to its end, and hands on what it says.
-fn guest(mut command: Command, group: Option<&Group>) -> Result<Taken> {
+fn guest(options: &Options, group: Option<&Group>) -> Result<Taken> {
+    let mut command = command(options)?;
+    // In all other cases the guest has marks of its own.
+    let mark = |mark: fn()| (options.bench == Bench::Start).then(mark);
+    mark(marks::begin);
     let before = Instant::now();
     let mut child = command
         .stdin(Stdio::null())
@@ -201,6 +211,7 @@ fn guest(mut command: Command, group: Option<&Group>) -> Result<Taken> {
         let line = line?;
         if line.trim_end().ends_with(" started") && taken.is_none() {
             let start = before.elapsed();
+            mark(marks::end);
             let current = group.map(Group::current).transpose()?;
             let kernel = group.map(|group| group.value("memory.stat", "kernel"));
             taken = Some(Taken {

@@ -8,6 +8,7 @@ mod cgroup;
 mod failslab;
 mod guest;
 mod linux;
+mod marks;
 mod memory;
 mod probe;
 mod qemu;

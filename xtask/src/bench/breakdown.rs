@@ -13,10 +13,10 @@ use super::report::thousands;
 use super::rows::{Line, Row};
 
 /// What the names of such rows end in, what the plugin calls it, and what it is.
-const PARTIES: [(&str, &str, &str); 3] = [
+pub(super) const PARTIES: [(&str, &str, &str); 3] = [
     ("-in-guest", "guest", "guest"),
     ("-in-vmm", "user", "VMM"),
-    ("-in-kernel", "kernel", "level 1's kernel"),
+    ("-in-kernel", "kernel", "kernel"),
 ];
 
 /// Instructions of one sample, in the order of `PARTIES`.
@@ -58,7 +58,8 @@ fn of_line(line: &str) -> Option<Counts> {
     Some(counts)
 }
 
-/// Rows beside those of the lines. The plugin has counted a part for each line, in their order.
+/// Rows beside those of the lines. The plugin has counted a part for each line, in their order, but not
+/// for memory.
 pub(super) fn rows(
     measurement: &Measurement,
     lines: &[Line],
@@ -67,31 +68,34 @@ pub(super) fn rows(
     if parts.is_empty() {
         return Ok(Vec::new());
     }
+    let counted = |line: &&Line| !line.part.ends_with("memory");
+    let lines: Vec<&Line> = lines.iter().filter(counted).collect();
     ensure!(
         lines.len() == parts.len(),
-        "the guest has printed {} lines, but the plugin has seen {}",
+        "{} lines were printed, but the plugin has seen {}",
         lines.len(),
         parts.len()
     );
-    let quiet = lines
-        .iter()
-        .zip(parts)
-        .find(|(line, _)| line.part == "idle");
+    let of_part = |part: &str| {
+        let mut both = lines.iter().zip(parts);
+        both.find_map(|(line, counts)| (line.part == part).then_some(*counts))
+    };
+    // What is in samples of some parts that does not belong to them.
+    let (quiet, ready) = (of_part("idle"), of_part("time"));
     let mut all: Vec<(String, &str, Counts)> = Vec::new();
     for (line, counts) in lines.iter().zip(parts) {
-        let (name, unit, units) = match line.part.as_str() {
+        let beyond = match line.part.as_str() {
             "instruction" | "idle" => continue,
             "later" if !measurement.puts_off() => continue,
-            "exit" => (format!("exit-{}", line.direction), "exit", 1.0),
-            "repeat" => (line.name() + "-repeat", "request", 1.0),
-            _ => (line.name(), "page", line.units),
+            "later" => quiet,
+            "page" => ready,
+            _ => None,
         };
         let mut counts = *counts;
-        if let ("later", Some((_, quiet))) = (line.part.as_str(), quiet) {
-            for (count, quiet) in counts.iter_mut().zip(quiet) {
-                *count = (*count - quiet).max(0.0);
-            }
+        for (count, beyond) in counts.iter_mut().zip(beyond.unwrap_or_default()) {
+            *count = (*count - beyond).max(0.0);
         }
+        let (name, unit, units) = line.place(measurement);
         let counts = counts.map(|count| count / units);
         match all.iter_mut().find(|(known, ..)| *known == name) {
             Some((.., sum)) => sum.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n),
@@ -107,7 +111,7 @@ pub(super) fn rows(
                 subject: measurement.subject.to_owned(),
                 variant: measurement.variant.to_owned(),
                 value: (value * 100.0).round() / 100.0,
-                unit: format!("instructions/{unit}"),
+                unit: unit.to_owned(),
             })
     });
     Ok(rows.collect())
@@ -177,6 +181,28 @@ mod tests {
         assert_eq!(of("convert-64k-to-private-in-kernel"), Some(21.0));
         let text = table(&rows).expect("a table").to_string();
         assert!(text.contains("33"), "{text}");
+    }
+
+    #[test]
+    fn what_prealloc_adds() {
+        let line = |row: &str, part: &str, units: u32| {
+            let text = format!(
+                "# measured row={row} direction=none part={part} units={units} samples=1 \
+                 total=8 least=8 median=8 p99=8 most=8"
+            );
+            Line::parse(&text).expect("a line of the runner")
+        };
+        let lines = [
+            line("ordinary-ready", "time", 1),
+            line("ordinary-prealloc", "page", 10),
+            line("twice", "peak-memory", 1),
+        ];
+        let parts = [[0.0, 100.0, 1000.0], [0.0, 100.0, 1500.0]];
+        let rows = rows(&super::super::plan::check(), &lines, &parts).expect("rows");
+        let of = |name: &str| rows.iter().find(|row| row.row == name).map(|row| row.value);
+        assert_eq!(of("ordinary-ready-in-vmm"), Some(100.0));
+        assert_eq!(of("ordinary-prealloc-in-kernel"), Some(50.0));
+        assert_eq!(of("ordinary-prealloc-in-vmm"), Some(0.0));
     }
 
     #[test]

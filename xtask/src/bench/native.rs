@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::context::Context;
 use crate::process::{Job, command};
@@ -37,19 +37,24 @@ impl Machine {
         Ok(Self { runner, lacks })
     }
 
-    /// Measures what can be measured here. Returns QEMU's version, too.
-    pub(super) fn rows(
-        &self,
-        ctx: &Context,
-        step: &Step,
-        only: &[String],
-    ) -> Result<(String, Vec<Row>)> {
+    /// What of that can be measured here. Says what cannot.
+    pub(super) fn chosen(&self, step: &Step, only: &[String]) -> Result<Vec<Measurement>> {
         if let Some(lacks) = &self.lacks {
             step.note(format_args!(
                 "{lacks}; so only what the host does for ordinary VMs is timed here, and conversions \
                  not: the lab counts their instructions (cargo xtask bench)"
             ));
         }
+        plan::chosen(plan::native(self.lacks.is_none()), only).context("in time, on this machine")
+    }
+
+    /// Measures it. Returns QEMU's version, too.
+    pub(super) fn rows(
+        &self,
+        ctx: &Context,
+        step: &Step,
+        wanted: &[Measurement],
+    ) -> Result<(String, Vec<Row>)> {
         let qemu = qemu::build(ctx, step)?;
         let floor = cargo::floor(ctx, step)?;
         let guest = cargo::guest(ctx, step)?;
@@ -60,10 +65,6 @@ impl Machine {
             ("--guest", &guest),
             ("--floor", &floor),
         ];
-        let wanted: Vec<Measurement> = plan::native(self.lacks.is_none())
-            .into_iter()
-            .filter(|measurement| measurement.wanted(only))
-            .collect();
         let mut values = BTreeMap::new();
         let total = (ROUNDS * wanted.len()) as u64;
         let mut done = 0;
@@ -79,10 +80,6 @@ impl Machine {
             }
         }
         let rows: Vec<Row> = values.into_values().filter_map(median).collect();
-        ensure!(
-            !rows.is_empty(),
-            "nothing of that name can be timed here: leave out the names"
-        );
         Ok((qemu.version, rows))
     }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Which measurements there are.
 
+use anyhow::{Result, ensure};
+
 use crate::level1::{RUNNER, quote, runner_paths};
 
 const MIB: u64 = 1 << 20;
@@ -8,6 +10,8 @@ const GIB: u64 = 1 << 30;
 
 /// Memory of a guest that converts.
 const SIZE: u64 = 256 * MIB;
+/// The same where it converts 1 GiB.
+const LARGE_SIZE: u64 = 1280 * MIB;
 
 /// Sizes of guests that are started.
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
@@ -33,6 +37,9 @@ const LIBRARY: &str = "library";
 /// What pins take in the library, in instructions.
 const PINS: &str = "pins";
 
+/// Single pages in order, over 1 GiB.
+const SEQUENTIAL: &str = "sequential";
+
 /// Several vCPUs at once.
 const SCALE: &str = "scale";
 
@@ -50,7 +57,8 @@ pub(crate) struct Measurement {
 
 /// All of them.
 pub(crate) fn all() -> Vec<Measurement> {
-    let mut all = Vec::new();
+    // The longest first, so that the others run beside it.
+    let mut all: Vec<_> = of(SEQUENTIAL, LARGE_SIZE).collect();
     for bench in [
         "request",
         "fault",
@@ -81,6 +89,22 @@ pub(crate) fn native(private_memory: bool) -> Vec<Measurement> {
     };
     let all = benches.iter().flat_map(|bench| of(bench, SIZE));
     all.filter(Measurement::makes_sense).collect()
+}
+
+/// Those whose name contains one of the texts; all if there are none.
+pub(crate) fn chosen(of: Vec<Measurement>, only: &[String]) -> Result<Vec<Measurement>> {
+    for text in only {
+        ensure!(
+            of.iter()
+                .any(|measurement| measurement.name().contains(text)),
+            "no measurement has {text:?} in its name; cargo xtask bench --list names all"
+        );
+    }
+    let wanted = |measurement: &Measurement| {
+        let name = measurement.name();
+        only.is_empty() || only.iter().any(|text| name.contains(text))
+    };
+    Ok(of.into_iter().filter(wanted).collect())
 }
 
 fn of(bench: &'static str, size: u64) -> impl Iterator<Item = Measurement> {
@@ -118,6 +142,9 @@ impl Measurement {
             // The floor has no devices.
             ("disk", subject, variant) => subject == "upstream" || (subject, variant) == MAIN,
             ("start", _, variant) => matches!(variant, "" | "discard=now"),
+            (SEQUENTIAL, _, variant) => {
+                matches!(variant, "" | "discard=now" | "discard=coalesced")
+            }
             // Upstream's path sets the attribute at one address of a page only: a touch at the other
             // does not convert it.
             ("fault", "upstream", _) => false,
@@ -186,12 +213,6 @@ impl Measurement {
         self.variant == "discard=coalesced"
     }
 
-    /// Was it asked for?
-    pub(crate) fn wanted(&self, only: &[String]) -> bool {
-        let name = self.name();
-        only.is_empty() || only.iter().any(|text| name.contains(text))
-    }
-
     /// What level 1 is to do.
     pub(crate) fn script(&self) -> String {
         quote(self.words())
@@ -214,5 +235,37 @@ impl Measurement {
             words.extend(["--with".to_owned(), self.variant.to_owned()]);
         }
         words
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(only: &[&str]) -> Result<Vec<String>> {
+        let only: Vec<String> = only.iter().map(|text| (*text).to_owned()).collect();
+        let chosen = chosen(all(), &only)?;
+        Ok(chosen.iter().map(Measurement::name).collect())
+    }
+
+    #[test]
+    fn every_measurement_has_a_name_of_its_own() {
+        let mut names = names(&[]).expect("all");
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+
+    #[test]
+    fn a_text_chooses_what_contains_it() {
+        let names = names(&["start upstream", "scale"]).expect("some");
+        assert_eq!(names.len(), START_SIZES.len() + 1, "{names:?}");
+    }
+
+    #[test]
+    fn a_text_that_chooses_nothing_is_an_error() {
+        let error = names(&["request", "nonsense"]).expect_err("an error");
+        assert!(error.to_string().contains("\"nonsense\""), "{error}");
     }
 }

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The table, and `report.json`.
+//! The table for people.
 
-use std::collections::BTreeMap;
-
-use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use serde_json::json;
 
 use super::breakdown;
 use super::plan::SUBJECTS;
@@ -17,7 +13,7 @@ pub(super) const RATIO: &str = "x one vCPU";
 /// Rows that the table leaves to `report.json`: their sum is a row.
 const PARTS: [&str; 3] = ["-request", "-touch", "-later"];
 
-/// All rows with all subjects, and what ours is relative to upstream and to the better of the floors.
+/// Rows with all subjects, and what ours is relative to upstream and to the better of the floors.
 pub(super) fn table(rows: &[Row]) -> Table {
     let subjects: Vec<(&str, &str)> = SUBJECTS
         .into_iter()
@@ -107,13 +103,6 @@ pub(super) fn thousands(value: f64) -> String {
     text
 }
 
-/// The report for programs.
-pub(super) fn json(rows: &[Row], versions: &BTreeMap<&str, String>) -> Result<String> {
-    let date = crate::process::output(crate::process::command("date", ["-u", "+%FT%TZ"]))?;
-    let report = json!({ "date": date.trim(), "versions": versions, "rows": rows });
-    Ok(serde_json::to_string_pretty(&report)? + "\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,14 +144,5 @@ mod tests {
         for (value, text) in all {
             assert_eq!(thousands(value), text);
         }
-    }
-
-    #[test]
-    fn the_report_names_rows_as_others_expect_them() {
-        let text = json(&[row("floor", "", 1.5)], &BTreeMap::new()).expect("json");
-        let value: serde_json::Value = serde_json::from_str(&text).expect("json");
-        assert_eq!(value["rows"][0]["row"], "convert-4k-to-private");
-        assert_eq!(value["rows"][0]["value"], 1.5);
-        assert!(value["date"].is_string() && value["versions"].is_object());
     }
 }

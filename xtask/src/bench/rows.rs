@@ -19,6 +19,14 @@ pub(crate) struct Row {
     pub(crate) unit: String,
 }
 
+impl Row {
+    /// Is it the same, measured once more?
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        let key = |row: &Self| (row.row.clone(), row.subject.clone(), row.variant.clone());
+        key(self) == key(other)
+    }
+}
+
 /// A line of the guest's, `# measured row=... part=...`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Line {
@@ -59,6 +67,23 @@ impl Line {
             direction => format!("{}-to-{direction}", self.row),
         }
     }
+
+    /// The row that it belongs to, its unit, and what a sample is to be divided by.
+    pub(super) fn place(&self, measurement: &Measurement) -> (String, &'static str, f64) {
+        let (name, unit, units) = match self.part.as_str() {
+            "exit" => (format!("exit-{}", self.direction), PER_EXIT, 1.0),
+            "repeat" => (self.name() + "-repeat", PER_REQUEST, 1.0),
+            "io" if measurement.ordinary() => (format!("ordinary-{}", self.row), PER_REQUEST, 1.0),
+            "io" => (self.row.clone(), PER_REQUEST, 1.0),
+            "time" => (self.row.clone(), "instructions", 1.0),
+            _ => (self.name(), PER_PAGE, self.units),
+        };
+        let name = match measurement.suffix() {
+            Some(suffix) => format!("{name}-{suffix}"),
+            None => name,
+        };
+        (name, unit, units)
+    }
 }
 
 /// Rows that the runner has measured, with a clock of the host.
@@ -90,6 +115,8 @@ impl Clock {
 }
 
 const PER_PAGE: &str = "instructions/page";
+const PER_REQUEST: &str = "instructions/request";
+const PER_EXIT: &str = "instructions/exit";
 
 /// The rows of one measurement.
 pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> Result<Vec<Row>> {
@@ -108,36 +135,27 @@ pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> R
         false => Cow::Borrowed(lines),
     };
     for line in lines.iter() {
-        let name = line.row.clone();
-        let per_unit = line.mean / line.units;
+        let (name, unit, units) = line.place(measurement);
+        let mean = line.mean / units;
         match (line.part.as_str(), clock) {
-            ("instruction", Clock::Instructions) => check_unit(per_unit)?,
+            ("instruction", Clock::Instructions) => check_unit(line.mean / line.units)?,
             // In time, a single exit of another program would be more than what was put off.
             ("instruction" | "later", Clock::Time { .. }) => {}
             // What idling takes is subtracted already.
             ("idle", _) => {}
-            ("exit", _) => {
-                let name = format!("exit-{}", line.direction);
-                rows.add(name, line.mean, "instructions/exit");
-            }
             ("request" | "touch" | "later", _) => rows.add_conversion(line, &lines),
-            ("repeat", _) => {
-                let name = line.name() + "-repeat";
-                rows.add(name, line.mean, "instructions/request");
-            }
-            ("io", _) => {
-                let name = match measurement.ordinary() {
-                    true => format!("ordinary-{name}"),
-                    false => name,
-                };
-                // All requests are alike; a timer's interrupt is in some of them.
-                rows.add(name, line.median, "instructions/request");
-            }
-            ("time", _) => rows.add(name, line.mean, "instructions"),
-            ("page", _) => rows.add(name, per_unit, PER_PAGE),
+            ("exit" | "repeat" | "time" | "page", _) => rows.add(name, mean, unit),
+            // All requests are alike; a timer's interrupt is in some of them.
+            ("io", _) => rows.add(name, line.median, unit),
             ("nanoseconds", _) => rows.add(name, line.mean, "ns"),
             ("memory", _) => rows.add(name, line.mean, "bytes"),
-            (memory, _) => rows.add(format!("{name}-{memory}"), line.mean, "bytes"),
+            (memory, _) => {
+                let line = Line {
+                    row: format!("{}-{memory}", line.row),
+                    ..line.clone()
+                };
+                rows.add(line.place(measurement).0, line.mean, "bytes");
+            }
         }
     }
     ensure!(!rows.rows.is_empty(), "the guest measured nothing");
@@ -152,10 +170,6 @@ struct Rows<'a> {
 
 impl Rows<'_> {
     fn add(&mut self, row: String, value: f64, unit: &str) {
-        let row = match self.measurement.suffix() {
-            Some(suffix) => format!("{row}-{suffix}"),
-            None => row,
-        };
         let (scale, unit) = self.clock.convert(&row, unit);
         self.rows.push(Row {
             row,

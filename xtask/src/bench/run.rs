@@ -34,22 +34,28 @@ pub(super) struct How {
 /// A guest under emulation that counts instructions may hang; then it is tried again.
 const TRIES: usize = 3;
 
-/// Rows of all measurements, in their order.
+/// What has come of measurements.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    /// In the order of the measurements.
+    pub(super) rows: Vec<Row>,
+    /// Names of those that did not work.
+    pub(super) failed: Vec<String>,
+}
+
+/// Carries out all of them, and hands on the rows of each as they come.
 pub(super) fn all(
     bench: &Bench,
     step: &Step,
     wanted: &[Measurement],
     how: &How,
-) -> Result<Vec<Row>> {
-    ensure!(
-        !wanted.is_empty(),
-        "no measurement has such a name; see: cargo xtask bench --list"
-    );
+    mut measured: impl FnMut(&[Row]),
+) -> Result<Outcome> {
     let (timed, counted): (Vec<_>, Vec<_>) = wanted
         .iter()
         .enumerate()
         .partition(|(_, m)| m.library() || m.scale());
-    let mut done = 0;
+    let (mut done, mut failed) = (0, Vec::new());
     let mut results: Vec<Option<Vec<Row>>> = vec![None; wanted.len()];
     for (part, jobs) in [(counted, how.jobs), (timed, 1)] {
         let workers = jobs.clamp(1, part.len().max(1));
@@ -66,9 +72,13 @@ pub(super) fn all(
                 match outcome {
                     Ok(rows) => {
                         step.note(format_args!("{name}: {} rows", rows.len()));
+                        measured(&rows);
                         results[index] = Some(rows);
                     }
-                    Err(error) => step.note(format_args!("{name}: {error:#}")),
+                    Err(error) => {
+                        step.note(format_args!("{name}: {error:#}"));
+                        failed.push(name);
+                    }
                 }
                 done += 1;
                 step.amount(done, wanted.len() as u64);
@@ -77,7 +87,7 @@ pub(super) fn all(
     }
     let rows: Vec<Row> = results.into_iter().flatten().flatten().collect();
     ensure!(!rows.is_empty(), "nothing could be measured");
-    Ok(rows)
+    Ok(Outcome { rows, failed })
 }
 
 type Queue<'a> = Mutex<std::vec::IntoIter<(usize, &'a Measurement)>>;
