@@ -160,13 +160,12 @@ impl PageStates {
             self.runs(run).eq([(run, from)]),
             "{run} is not all {from:?}"
         );
-        let bits = run.start() as usize..run.end() as usize;
         let ((old_shared, old_private), (shared, private)) = (from.bits(), to.bits());
         if old_shared != shared {
-            self.shared.bits_mut()[bits.clone()].fill(shared);
+            fill(self.shared.bits_mut(), run, shared);
         }
         if old_private != private {
-            self.private.bits_mut()[bits].fill(private);
+            fill(self.private.bits_mut(), run, private);
         }
         self.counts[from as usize] -= run.count();
         self.counts[to as usize] += run.count();
@@ -196,6 +195,9 @@ impl PageStates {
     /// `limit`. Looks at 64 pages a step, and at 1024 where nothing changes.
     fn run_end(&self, page: u64, state: PageState, limit: u64) -> u64 {
         const STEP: usize = 16;
+        if page + 1 == limit {
+            return limit;
+        }
         // So it is when a guest starts; to look at untouched bitmaps would have the kernel map them.
         if self.count(state) == self.pages() {
             return limit;
@@ -224,6 +226,15 @@ impl PageStates {
         let mut rest = (passed..).zip(s[passed..].iter().zip(&p[passed..]));
         let found = rest.find(|(_, pair)| differs(*pair) != 0);
         found.map_or(limit, |(index, pair)| end(index, differs(pair)))
+    }
+}
+
+/// Sets the bits of a run. Most are of one page, for which a range of bits costs ten times as much.
+fn fill(bitmap: &mut BitSlice<u64, Lsb0>, run: FilePages, value: bool) {
+    let (start, end) = (run.start() as usize, run.end() as usize);
+    match run.count() {
+        1 => bitmap.set(start, value),
+        _ => bitmap[start..end].fill(value),
     }
 }
 
