@@ -75,12 +75,15 @@ impl Vm {
         }
         let wraps = RangeError::Wraps { start: gpa, size };
         let guest = GuestPages::covering_bytes(gpa, size).ok_or(wraps)?;
-        let (windows, claim) = self.claim_parts(guest, |parts| {
+        let (windows, claim) = loop {
+            let (parts, layout) = self.parts(guest);
             let windows = parts.iter().map(|part| window_of(part, gpa));
             let windows = windows.collect::<Result<Few<Window>>>()?;
-            let wanted = windows.iter().map(|w| (w.backend, w.file)).collect();
-            Ok((windows, wanted))
-        })?;
+            let wanted: Few<_> = windows.iter().map(|w| (w.backend, w.file)).collect();
+            if let Some(claim) = self.claim_in(layout, guest, &wanted)? {
+                break (windows, claim);
+            }
+        };
         let pieces = windows
             .iter()
             .map(|window| self.piece(window, gpa, length))

@@ -152,6 +152,14 @@ impl<S> Pages<S> {
         Self::new(self.start.max(other.start), self.end.min(other.end))
     }
 
+    /// The pages of both, if the others begin where these end.
+    pub(crate) fn joined(self, next: Self) -> Option<Self> {
+        (self.end == next.start).then_some(Self {
+            end: next.end,
+            ..self
+        })
+    }
+
     /// The pages of `self` before and behind `other`.
     pub fn minus(self, other: Self) -> [Option<Self>; 2] {
         [
@@ -184,18 +192,6 @@ impl<S> fmt::Display for Pages<S> {
         );
         write!(f, "{start:#x}+{size:#x}")
     }
-}
-
-/// Joins neighbours of a sorted list of ranges, so that each system call covers as much as it can.
-pub(crate) fn merge_adjacent<S: Copy>(sorted: impl IntoIterator<Item = Pages<S>>) -> Few<Pages<S>> {
-    let mut merged: Few<Pages<S>> = Few::new();
-    for range in sorted {
-        match merged.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => merged.push(range),
-        }
-    }
-    merged
 }
 
 #[cfg(test)]
@@ -263,9 +259,11 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_merge_and_others_do_not() {
-        let merged = merge_adjacent([range(0, 2), range(2, 3), range(5, 6), range(6, 9)]);
-        assert_eq!(merged[..], [range(0, 3), range(5, 9)]);
+    fn neighbours_are_joined_and_others_are_not() {
+        assert_eq!(range(0, 2).joined(range(2, 5)), Some(range(0, 5)));
+        for other in [range(3, 5), range(1, 5), range(0, 2)] {
+            assert_eq!(range(0, 2).joined(other), None);
+        }
     }
 
     proptest! {

@@ -249,7 +249,8 @@ impl Backend {
 
     /// Are all of these pages in this view, as far as anybody can tell?
     pub(crate) fn all_surely_in(&self, pages: FilePages, view: View) -> bool {
-        self.all_in(pages, |state| state == view.into()) && self.unsure_within(pages).is_empty()
+        self.all_in(pages, |state| state == view.into())
+            && self.unsure.lock().first_in(pages).is_none()
     }
 
     /// Pages whose attributes may not follow their state.

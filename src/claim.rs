@@ -53,12 +53,10 @@ impl Held {
     /// Is anything in the way of a claim, held or waited for before it?
     fn blocks(&self, claim: u64, wanted: &[(BackendId, FilePages)]) -> bool {
         let earlier = self.waiting.iter().take_while(|w| w.claim != claim);
-        let queued: Vec<_> = earlier.flat_map(|w| &w.wanted).collect();
+        let queued = earlier.flat_map(|w| &w.wanted);
         wanted.iter().any(|&(backend, pages)| {
-            self.overlaps(backend, pages, |_| true)
-                || queued
-                    .iter()
-                    .any(|(b, p)| *b == backend && p.overlaps(pages))
+            let overlaps = |(b, p): &(BackendId, FilePages)| *b == backend && p.overlaps(pages);
+            self.overlaps(backend, pages, |_| true) || queued.clone().any(overlaps)
         })
     }
 

@@ -22,7 +22,7 @@ use crate::moves::{Moves, Run};
 use crate::pins::Waited;
 use crate::state::{PageState, View};
 use crate::vm::Vm;
-use crate::window::{Part, Window};
+use crate::window::{Layout, Part, Window};
 use crate::worker::Queued;
 
 /// What becomes of undecided pages next to those that are asked for.
@@ -34,25 +34,20 @@ pub(crate) enum Neighbours {
     GoAlong,
 }
 
-/// What a request may move.
-struct Claimed<'a> {
-    windows: Few<(Arc<Backend>, FilePages)>,
-    along: Option<(Arc<Backend>, FilePages)>,
-    _claim: Claim<'a>,
-}
-
 /// How a try has ended.
 enum Tried {
     /// So many pages have changed.
     Done(u64),
     /// The host uses these pages. Nothing has changed.
-    Pinned(Run),
+    Pinned(Arc<Backend>, FilePages),
+    /// The windows have changed meanwhile. Nothing else has.
+    LayoutChanged,
 }
 
 /// Tells listeners that runs are no longer the host's.
-fn let_go(runs: &[Run], told: &Told<'_>) {
+fn let_go(runs: &[Run<'_>], told: &Told<'_>) {
     for run in runs {
-        told.discard(&run.backend, run.pages);
+        told.discard(run.backend, run.pages);
     }
 }
 
@@ -86,44 +81,53 @@ impl Vm {
         to: View,
         neighbours: Neighbours,
     ) -> Result<u64> {
-        if self.is_already(guest, to) {
-            return Ok(0);
-        }
         let mut first_wait = None;
         loop {
             match self.try_convert(guest, to, neighbours)? {
                 Tried::Done(pages) => return Ok(pages),
-                Tried::Pinned(pinned) => {
+                Tried::Pinned(backend, pages) => {
                     let start = *first_wait.get_or_insert_with(Instant::now);
-                    self.wait_for_pins(guest, &pinned, start)?;
+                    self.wait_for_pins(guest, &backend, pages, start)?;
                 }
+                Tried::LayoutChanged => {}
             }
         }
     }
 
     fn try_convert(&self, guest: GuestPages, to: View, neighbours: Neighbours) -> Result<Tried> {
+        let (parts, layout) = self.parts(guest);
+        let windows = self.check(&parts, to)?;
+        let is_already = |(backend, pages): &(Arc<Backend>, _)| backend.all_surely_in(*pages, to);
+        if windows.iter().all(is_already) {
+            // Costs no claim and no system call.
+            return Ok(Tried::Done(0));
+        }
         let told = Told::begin(self.listener.as_ref());
-        let neighbours = match told.is_heard() {
-            // A listener has them mapped, and its devices may be using them.
-            true => Neighbours::Stay,
-            false => neighbours,
+        let along = match neighbours {
+            // If there is a listener, it has them mapped, and its devices may be using them.
+            Neighbours::GoAlong if !told.is_heard() => self.undecided_around(guest),
+            _ => None,
         };
-        let claimed = self.claim_windows(guest, to, neighbours)?;
-        for (backend, pages) in claimed.windows.iter().chain(&claimed.along) {
+        let wanted = windows.iter().chain(&along);
+        let wanted = wanted.map(|(backend, pages)| (backend.id(), *pages));
+        let Some(_claim) = self.claim_in(layout, guest, &wanted.collect::<Few<_>>())? else {
+            return Ok(Tried::LayoutChanged);
+        };
+        for (backend, pages) in windows.iter().chain(&along) {
             self.make_sure(backend, *pages)?;
         }
-        let mut moves = Moves::mark(&claimed.windows, |state| state != to.into());
+        let mut moves = Moves::mark(&windows, |state| state != to.into());
         if moves.is_empty() {
             // Somebody else has moved them while this request waited.
             return Ok(Tried::Done(0));
         }
-        if let Some((backend, pages)) = &claimed.along {
+        if let Some((backend, pages)) = &along {
             moves.mark_along(backend, *pages);
         }
         match to {
             View::Private => {
-                if let Some(pinned) = moves.first_pinned() {
-                    return Ok(Tried::Pinned(pinned));
+                if let Some(Run { backend, pages }) = moves.first_pinned() {
+                    return Ok(Tried::Pinned(backend.clone(), pages));
                 }
                 self.to_private(&mut moves, &told)?;
             }
@@ -137,83 +141,50 @@ impl Vm {
 
     /// Waits until the host has let go of pages, with no claim and none of the listener's locks held:
     /// whoever lets go may need them.
-    fn wait_for_pins(&self, guest: GuestPages, pinned: &Run, start: Instant) -> Result<()> {
-        let Run { backend, pages } = pinned;
+    fn wait_for_pins(
+        &self,
+        guest: GuestPages,
+        backend: &Backend,
+        pages: FilePages,
+        start: Instant,
+    ) -> Result<()> {
         let timeout = backend.config().convert_timeout;
         backend.counters.waits.fetch_add(1, Ordering::Relaxed);
         let interrupted = || self.listener.interrupted();
         match backend
             .pins
-            .wait(*pages, start.checked_add(timeout), interrupted)
+            .wait(pages, start.checked_add(timeout), interrupted)
         {
             Waited::Unpinned => Ok(()),
             Waited::Interrupted => Err(Error::Interrupted { guest }),
             Waited::TimedOut => Err(Error::Pinned {
                 backend: backend.config().name.clone(),
-                pages: *pages,
+                pages,
                 timeout,
             }),
         }
     }
 
-    /// Is all of the range in windows, and in that view? Costs no claim and no system call.
-    fn is_already(&self, guest: GuestPages, to: View) -> bool {
+    /// What a range shows, and in which layout.
+    pub(crate) fn parts(&self, guest: GuestPages) -> (Few<Part>, Layout) {
         let windows = self.windows.read();
-        windows.resolve(guest).all(|part| match part {
-            Part::Gap(_) => false,
-            Part::Window(window) => {
-                (to == View::Shared || window.bound)
-                    && self
-                        .backend(window.backend)
-                        .is_some_and(|backend| backend.all_surely_in(window.file, to))
-            }
-        })
+        (windows.resolve(guest), windows.layout())
     }
 
-    /// Checks a request completely, and claims its pages.
-    fn claim_windows(
+    /// Claims pages that a range shows in a layout. `None` if that is another by then: it cannot
+    /// change under a claim, but it can while one is waited for.
+    pub(crate) fn claim_in(
         &self,
+        layout: Layout,
         guest: GuestPages,
-        to: View,
-        neighbours: Neighbours,
-    ) -> Result<Claimed<'_>> {
-        let ((windows, along), claim) = self.claim_parts(guest, |parts| {
-            let windows = self.check(parts, to)?;
-            let along = match neighbours {
-                Neighbours::Stay => None,
-                Neighbours::GoAlong => self.undecided_around(guest),
-            };
-            let wanted = windows.iter().chain(&along);
-            let wanted = wanted.map(|(backend, pages)| (backend.id(), *pages));
-            let wanted = wanted.collect();
-            Ok(((windows, along), wanted))
-        })?;
-        Ok(Claimed {
-            windows,
-            along,
-            _claim: claim,
-        })
-    }
-
-    /// Cuts a range along windows and gaps, has `check` say which pages are wanted of the parts, and
-    /// claims those. Returns what else `check` has said.
-    pub(crate) fn claim_parts<T>(
-        &self,
-        guest: GuestPages,
-        check: impl Fn(&[Part]) -> Result<(T, Few<(BackendId, FilePages)>)>,
-    ) -> Result<(T, Claim<'_>)> {
-        loop {
-            let parts: Few<Part> = self.windows.read().resolve(guest).collect();
-            let (checked, wanted) = check(&parts)?;
-            let claim = self
-                .claims
-                .claim(&wanted, || self.listener.interrupted())
-                .map_err(|_| Error::Interrupted { guest })?;
-            // The layout cannot change under a claim, but it can while one is waited for.
-            if self.windows.read().resolve(guest).eq(parts) {
-                return Ok((checked, claim));
-            }
-        }
+        wanted: &[(BackendId, FilePages)],
+    ) -> Result<Option<Claim<'_>>> {
+        let claim = self
+            .claims
+            .claim(wanted, || self.listener.interrupted())
+            .map_err(|_| Error::Interrupted { guest })?;
+        let is_same = self.windows.read().layout() == layout;
+        Ok(is_same.then_some(claim))
     }
 
     /// The pages around a range that nobody has decided, as far as a touch reaches. They lie in one
@@ -250,7 +221,7 @@ impl Vm {
         Ok(windows)
     }
 
-    fn to_private(&self, moves: &mut Moves, told: &Told<'_>) -> Result<()> {
+    fn to_private(&self, moves: &mut Moves<'_>, told: &Told<'_>) -> Result<()> {
         let runs = moves.all_runs();
         for run in &runs {
             run.backend.prepare(run.pages, View::Private)?;
@@ -274,16 +245,13 @@ impl Vm {
     fn leave_used_behind(&self, moves: &mut Moves) {
         let mut used = Vec::new();
         for run in moves.along() {
-            let backend = &run.backend;
+            let backend = run.backend;
             let data = backend.data_within(run.pages, View::Shared);
             let data = data.unwrap_or_else(|error| {
                 self.log_error(&error);
                 vec![run.pages]
             });
-            used.extend(data.into_iter().map(|pages| Run {
-                backend: backend.clone(),
-                pages,
-            }));
+            used.extend(data.into_iter().map(|pages| Run { backend, pages }));
         }
         if used.is_empty() {
             return;
@@ -295,15 +263,15 @@ impl Vm {
     }
 
     /// Tells listeners that pages are the host's again, which cannot be helped if they refuse.
-    fn populate_again(&self, runs: &[Run], told: &Told<'_>) {
+    fn populate_again(&self, runs: &[Run<'_>], told: &Told<'_>) {
         for run in runs {
-            if let Err(lost) = told.populate(&run.backend, run.pages) {
+            if let Err(lost) = told.populate(run.backend, run.pages) {
                 self.log_error(&lost);
             }
         }
     }
 
-    fn to_shared(&self, moves: &Moves, told: &Told<'_>) -> Result<()> {
+    fn to_shared(&self, moves: &Moves<'_>, told: &Told<'_>) -> Result<()> {
         // Undecided pages are shared already for KVM, and their private view is a hole.
         let runs = moves.runs(|was| was == PageState::Private);
         for run in &runs {
@@ -323,9 +291,9 @@ impl Vm {
     }
 
     /// Tells listeners that runs are the host's, or none of them.
-    fn populate(&self, runs: &[Run], told: &Told<'_>) -> Result<()> {
+    fn populate(&self, runs: &[Run<'_>], told: &Told<'_>) -> Result<()> {
         for (index, run) in runs.iter().enumerate() {
-            if let Err(error) = told.populate(&run.backend, run.pages) {
+            if let Err(error) = told.populate(run.backend, run.pages) {
                 let_go(&runs[..index], told);
                 return Err(error);
             }
@@ -334,9 +302,9 @@ impl Vm {
     }
 
     /// Sets the attributes of runs at every place they appear at, or of none.
-    fn set_attributes(&self, runs: &[Run], view: View) -> Result<()> {
+    fn set_attributes(&self, runs: &[Run<'_>], view: View) -> Result<()> {
         for (index, run) in runs.iter().enumerate() {
-            if let Err(error) = self.set_attributes_of(&run.backend, run.pages, view) {
+            if let Err(error) = self.set_attributes_of(run.backend, run.pages, view) {
                 self.set_attributes_back(&runs[..=index], view.other());
                 return Err(error);
             }
@@ -345,9 +313,9 @@ impl Vm {
     }
 
     /// After a failure. Where this fails too, it is made up for before the pages are converted again.
-    fn set_attributes_back(&self, runs: &[Run], view: View) {
+    fn set_attributes_back(&self, runs: &[Run<'_>], view: View) {
         for run in runs {
-            if let Err(later) = self.set_attributes_of(&run.backend, run.pages, view) {
+            if let Err(later) = self.set_attributes_of(run.backend, run.pages, view) {
                 run.backend.set_sure(run.pages, false);
                 self.log_error(&later);
             }
@@ -387,7 +355,7 @@ impl Vm {
     }
 
     /// Frees the view that pages have left, as the policy says.
-    fn leave(&self, runs: &[Run], view: View) {
+    fn leave(&self, runs: &[Run<'_>], view: View) {
         for run in runs {
             match run.backend.config().discard {
                 Discard::Now => self.punch_or_remember(run, view),
@@ -398,7 +366,7 @@ impl Vm {
     }
 
     /// Leaves a hole to the worker, unless it has too much to do already.
-    fn queue_or_punch(&self, run: &Run, view: View) {
+    fn queue_or_punch(&self, run: &Run<'_>, view: View) {
         match run.backend.queue(run.pages, view) {
             Queued::Full => self.punch_or_remember(run, view),
             queued => self.worker.wake(queued),
@@ -407,7 +375,7 @@ impl Vm {
 
     /// A hole that cannot be punched now does not undo a conversion: it is punched before the view
     /// is exposed again.
-    fn punch_or_remember(&self, run: &Run, view: View) {
+    fn punch_or_remember(&self, run: &Run<'_>, view: View) {
         if let Err(later) = run.backend.punch(run.pages, view) {
             run.backend.remember_unpunched(run.pages, view);
             self.listener.log(Level::Warning, &later.to_string());
@@ -425,7 +393,8 @@ impl Vm {
             return backend.punch(pages, View::Shared);
         };
         self.make_sure(backend, pages)?;
-        let mut moves = Moves::mark(&[(backend.clone(), pages)], |_| true);
+        let all = [(backend.clone(), pages)];
+        let mut moves = Moves::mark(&all, |_| true);
         // The host sees undecided pages: their shared view is emptied first, whatever the policy
         // says.
         for run in moves.runs(|_| true) {

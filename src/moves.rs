@@ -5,57 +5,56 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::addr::{Few, FilePages, FileSpace, PAGE_SIZE, merge_adjacent};
+use crate::addr::{Few, FilePages, FileSpace, PAGE_SIZE};
 use crate::backend::Backend;
 use crate::page_set::PageSet;
 use crate::state::{PageState, View};
 
 /// Pages of one backend that system calls treat alike.
-#[derive(Debug)]
-pub(crate) struct Run {
-    pub(crate) backend: Arc<Backend>,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run<'a> {
+    pub(crate) backend: &'a Arc<Backend>,
     pub(crate) pages: FilePages,
 }
 
 /// Pages that a request has marked as in transition, with the state that each had. Dropped
 /// unfinished, it gives them back as they were.
 #[derive(Debug)]
-pub(crate) struct Moves {
-    moves: Few<(Run, PageState)>,
-    along: Option<Along>,
+pub(crate) struct Moves<'a> {
+    moves: Few<(Run<'a>, PageState)>,
+    along: Option<Along<'a>>,
 }
 
 /// Undecided pages next to those that were asked for, which go along. They lie in one window.
 #[derive(Debug)]
-struct Along {
-    backend: Arc<Backend>,
+struct Along<'a> {
+    backend: &'a Arc<Backend>,
     pages: PageSet<FileSpace>,
 }
 
-impl Along {
+impl Along<'_> {
     fn runs(&self) -> Vec<FilePages> {
         self.pages.within(self.backend.pages())
     }
 }
 
-impl Drop for Moves {
+impl Drop for Moves<'_> {
     fn drop(&mut self) {
         self.finish(|was| was);
     }
 }
 
-impl Moves {
+impl<'a> Moves<'a> {
     /// Marks all pages of `windows` that `takes_part` accepts. The caller has claimed them, so a
     /// page in transition is one that the request names twice.
     pub(crate) fn mark(
-        windows: &[(Arc<Backend>, FilePages)],
+        windows: &'a [(Arc<Backend>, FilePages)],
         takes_part: impl Fn(PageState) -> bool,
     ) -> Self {
         let mut moves = Few::new();
         for (backend, pages) in windows {
             let takes_part = |state: PageState| state != PageState::Transition && takes_part(state);
             for (pages, was) in mark_runs(backend, *pages, takes_part) {
-                let backend = backend.clone();
                 moves.push((Run { backend, pages }, was));
             }
         }
@@ -65,14 +64,14 @@ impl Moves {
     /// Marks those of some pages that nobody has decided; they go along. A pinned page ends them, so
     /// that all pages that move follow each other: their attributes are set as a whole or not at all,
     /// and no vCPU can use some that are then set back.
-    pub(crate) fn mark_along(&mut self, backend: &Arc<Backend>, pages: FilePages) {
+    pub(crate) fn mark_along(&mut self, backend: &'a Arc<Backend>, pages: FilePages) {
         let mut along = PageSet::default();
         let marked = mark_runs(backend, pages, |state| state == PageState::Undecided);
         for (run, _) in &marked {
             along.insert(*run);
         }
         self.along = Some(Along {
-            backend: backend.clone(),
+            backend,
             pages: along,
         });
         let Some(free) = self.unpinned_around_asked(backend, pages) else {
@@ -83,12 +82,7 @@ impl Moves {
             let behind = FilePages::new(run.start().max(free.end()), run.end());
             [before, behind].into_iter().flatten()
         });
-        let beyond: Few<_> = beyond
-            .map(|pages| Run {
-                backend: backend.clone(),
-                pages,
-            })
-            .collect();
+        let beyond: Few<_> = beyond.map(|pages| Run { backend, pages }).collect();
         self.leave_behind(&beyond, PageState::Undecided);
     }
 
@@ -108,25 +102,20 @@ impl Moves {
     }
 
     /// The first of the pages that were asked for that the host uses.
-    pub(crate) fn first_pinned(&self) -> Option<Run> {
-        self.moves.iter().find_map(|(run, _)| {
-            let pages = run.backend.pins.first_in(run.pages)?;
-            let backend = run.backend.clone();
+    pub(crate) fn first_pinned(&self) -> Option<Run<'a>> {
+        self.moves.iter().find_map(|&(Run { backend, pages }, _)| {
+            let pages = backend.pins.first_in(pages)?;
             Some(Run { backend, pages })
         })
     }
 
     /// Pages that go along.
-    pub(crate) fn along(&self) -> Vec<Run> {
-        let along = self.along.iter();
-        along
-            .flat_map(|along| {
-                along.runs().into_iter().map(|pages| Run {
-                    backend: along.backend.clone(),
-                    pages,
-                })
-            })
-            .collect()
+    pub(crate) fn along(&self) -> impl Iterator<Item = Run<'a>> {
+        self.along.iter().flat_map(|along| {
+            let backend = along.backend;
+            let runs = along.runs().into_iter();
+            runs.map(move |pages| Run { backend, pages })
+        })
     }
 
     /// Ends the transition of some pages that go along, which stay behind after all.
@@ -164,30 +153,20 @@ impl Moves {
     }
 
     /// The pages that were asked for whose old state is accepted, neighbours joined.
-    pub(crate) fn runs(&self, was: impl Fn(PageState) -> bool) -> Few<Run> {
-        let mut runs = Few::new();
-        for moves in self.by_backend() {
-            let pages = moves.iter().filter(|(_, state)| was(*state));
-            join(
-                &mut runs,
-                &moves[0].0.backend,
-                pages.map(|(run, _)| run.pages),
-            );
-        }
-        runs
+    pub(crate) fn runs(&self, was: impl Fn(PageState) -> bool) -> Few<Run<'a>> {
+        let moves = self.moves.iter().filter(|(_, state)| was(*state));
+        join(moves.map(|(run, _)| *run))
     }
 
     /// All pages that move, neighbours joined.
-    pub(crate) fn all_runs(&self) -> Few<Run> {
-        let Some(along) = &self.along else {
+    pub(crate) fn all_runs(&self) -> Few<Run<'a>> {
+        if self.along.is_none() {
             return self.runs(|_| true);
-        };
-        let asked = self.moves.iter().map(|(run, _)| run.pages);
-        let mut pages: Few<_> = asked.chain(along.runs()).collect();
-        pages.sort_unstable();
-        let mut runs = Few::new();
-        join(&mut runs, &along.backend, pages);
-        runs
+        }
+        let asked = self.moves.iter().map(|(run, _)| *run);
+        let mut runs: Few<_> = asked.chain(self.along()).collect();
+        runs.sort_unstable_by_key(|run| run.pages);
+        join(runs)
     }
 
     /// Ends the transition; `to` is given the old state.
@@ -198,16 +177,17 @@ impl Moves {
                 states.set_run(run, PageState::Transition, to(PageState::Undecided));
             }
         }
-        for (run, was) in self.moves.drain(..) {
+        for (run, was) in &self.moves {
             let mut states = run.backend.states.lock();
-            states.set_run(run.pages, PageState::Transition, to(was));
+            states.set_run(run.pages, PageState::Transition, to(*was));
         }
+        self.moves.clear();
     }
 
     /// Never an empty slice.
-    fn by_backend(&self) -> impl Iterator<Item = &[(Run, PageState)]> {
-        let same = |a: &(Run, _), b: &(Run, _)| a.0.backend.id() == b.0.backend.id();
-        self.moves.chunk_by(same)
+    fn by_backend(&self) -> impl Iterator<Item = &[(Run<'a>, PageState)]> {
+        self.moves
+            .chunk_by(|a, b| a.0.backend.id() == b.0.backend.id())
     }
 }
 
@@ -226,10 +206,16 @@ fn mark_runs(
     runs
 }
 
-fn join(runs: &mut Few<Run>, backend: &Arc<Backend>, pages: impl IntoIterator<Item = FilePages>) {
-    let merged = merge_adjacent(pages);
-    runs.extend(merged.into_iter().map(|pages| Run {
-        backend: backend.clone(),
-        pages,
-    }));
+/// Joins neighbours, so that each system call covers as much as it can.
+fn join<'a>(runs: impl IntoIterator<Item = Run<'a>>) -> Few<Run<'a>> {
+    let mut joined: Few<Run<'a>> = Few::new();
+    for run in runs {
+        let last = joined.last_mut();
+        let last = last.filter(|last| last.backend.id() == run.backend.id());
+        match last.and_then(|last| Some((last.pages.joined(run.pages)?, last))) {
+            Some((pages, last)) => last.pages = pages,
+            None => joined.push(run),
+        }
+    }
+    joined
 }

@@ -60,6 +60,9 @@ impl<S: Copy> PageSet<S> {
 
     /// Those of the given pages that are in the set.
     pub fn within(&self, pages: Pages<S>) -> Vec<Pages<S>> {
+        if self.is_empty() {
+            return Vec::new();
+        }
         let mut next = pages.start();
         std::iter::from_fn(|| {
             let found = self.first_in(Pages::new(next, pages.end())?)?;

@@ -49,8 +49,8 @@ impl Vm {
     /// one, whatever the exit says.
     pub fn memory_fault(&self, gpa: u64, size: u64, private: bool) -> Result<u64> {
         let guest = GuestPages::from_bytes(gpa, size)?;
-        let unbound = |part| matches!(part, Part::Window(w) if !w.bound);
-        let to = match private && !self.windows.read().resolve(guest).any(unbound) {
+        let unbound = |part: &Part| matches!(part, Part::Window(w) if !w.bound);
+        let to = match private && !self.parts(guest).0.iter().any(unbound) {
             true => View::Private,
             false => View::Shared,
         };
@@ -100,10 +100,8 @@ impl Vm {
 
     fn backend_at(&self, gpa: u64) -> Option<Arc<Backend>> {
         let page = GuestPages::covering_bytes(gpa, 1)?;
-        match self.windows.read().resolve(page).next()? {
-            Part::Window(window) => self.backend(window.backend),
-            Part::Gap(_) => None,
-        }
+        let id = self.windows.read().at(page)?.backend;
+        self.backend(id)
     }
 }
 

@@ -56,7 +56,8 @@ impl Window {
 
     /// Where these pages of the backend appear in this window.
     fn guest_of(&self, backend: BackendId, file: FilePages) -> Option<GuestPages> {
-        if self.backend != backend {
+        // Most windows show other pages.
+        if self.backend != backend || !self.file.overlaps(file) {
             return None;
         }
         let file = self.file.intersection(file)?;
@@ -90,6 +91,10 @@ pub struct Overlap {
     pub present: GuestPages,
 }
 
+/// Which windows there are: another one after each change of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout(u64);
+
 /// The windows of a VM, sorted by guest address.
 ///
 /// Attributes outlive a removed window until [`WindowTable::forget_stale`]: QEMU removes and adds the
@@ -97,6 +102,7 @@ pub struct Overlap {
 #[derive(Debug, Default)]
 pub struct WindowTable {
     windows: Vec<Window>,
+    layout: Layout,
     stale: Vec<Stale>,
 }
 
@@ -112,6 +118,11 @@ impl WindowTable {
     /// No window left?
     pub fn is_empty(&self) -> bool {
         self.windows.is_empty()
+    }
+
+    /// Which windows there are.
+    pub fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Does the guest see any page of this backend?
@@ -142,6 +153,7 @@ impl WindowTable {
         self.check_free(window.guest)?;
         let at = self.windows.partition_point(|w| w.guest < window.guest);
         self.windows.insert(at, window);
+        self.layout.0 += 1;
         Ok(())
     }
 
@@ -152,6 +164,7 @@ impl WindowTable {
             .binary_search_by_key(&guest, |w| w.guest)
             .ok()?;
         let window = self.windows.remove(at);
+        self.layout.0 += 1;
         self.stale.push(Stale {
             window,
             in_line: true,
@@ -163,6 +176,7 @@ impl WindowTable {
     /// attributes could not be set.
     pub fn take_back(&mut self, window: Window, other: Vec<Window>) {
         self.windows.retain(|w| *w != window);
+        self.layout.0 += 1;
         let windows = other.into_iter().chain([window]);
         self.stale.extend(windows.map(|window| Stale {
             window,
@@ -175,23 +189,26 @@ impl WindowTable {
         !self.overlapping(guest).is_empty()
     }
 
+    /// The window that shows this page.
+    pub fn at(&self, page: GuestPages) -> Option<&Window> {
+        self.overlapping(page).first()
+    }
+
     /// Cuts a range of guest physical space along windows and gaps, in order.
-    pub fn resolve(&self, guest: GuestPages) -> impl Iterator<Item = Part> + '_ {
+    pub fn resolve(&self, guest: GuestPages) -> Few<Part> {
+        let mut parts = Few::new();
         let mut next = guest.start();
-        let mut windows = self.overlapping(guest).iter();
-        let mut window = windows.next();
-        std::iter::from_fn(move || {
-            let here = window.and_then(|w| w.clip(guest));
-            let end = here.map_or(guest.end(), |w| w.guest.start());
-            if let Some(gap) = GuestPages::new(next, end) {
-                next = end;
-                return Some(Part::Gap(gap));
+        for window in self.overlapping(guest).iter().filter_map(|w| w.clip(guest)) {
+            if let Some(gap) = GuestPages::new(next, window.guest.start()) {
+                parts.push(Part::Gap(gap));
             }
-            let here = here?;
-            next = here.guest.end();
-            window = windows.next();
-            Some(Part::Window(here))
-        })
+            next = window.guest.end();
+            parts.push(Part::Window(window));
+        }
+        if let Some(gap) = GuestPages::new(next, guest.end()) {
+            parts.push(Part::Gap(gap));
+        }
+        parts
     }
 
     /// The bound window that shows all of a range, and the backend's page at its start.
@@ -204,22 +221,21 @@ impl WindowTable {
     /// Every place in guest physical space whose attributes follow these pages, stale ones too. In the
     /// order in which they are set to `to`: those where that view appears come last. If one cannot be
     /// set, no vCPU has used that view yet, and nothing is lost when the others are set back.
-    pub fn places(
-        &self,
-        backend: BackendId,
-        file: FilePages,
-        to: View,
-    ) -> impl IntoIterator<Item = GuestPages> + use<> {
-        let shows_it = |window: &Window| window.bound == (to == View::Private);
-        let all = || {
-            let stale = self.stale.iter().map(|stale| &stale.window);
-            self.windows.iter().chain(stale)
-        };
-        let others = all().filter(|w| !shows_it(w));
-        others
-            .chain(all().filter(|w| shows_it(w)))
-            .filter_map(|w| w.guest_of(backend, file))
-            .collect::<Few<_>>()
+    pub fn places(&self, backend: BackendId, file: FilePages, to: View) -> Few<GuestPages> {
+        let stale = self.stale.iter().map(|stale| &stale.window);
+        let all = self.windows.iter().chain(stale);
+        let (mut places, mut others) = (Few::new(), 0);
+        for (window, guest) in all.filter_map(|w| Some((w, w.guest_of(backend, file)?))) {
+            let shows_it = window.bound == (to == View::Private);
+            match shows_it {
+                true => places.push(guest),
+                false => {
+                    places.insert(others, guest);
+                    others += 1;
+                }
+            }
+        }
+        places
     }
 
     /// What is stale in a range of guest physical space.
@@ -270,10 +286,10 @@ impl WindowTable {
         let from = self
             .windows
             .partition_point(|w| w.guest.end() <= guest.start());
-        let to = self
-            .windows
-            .partition_point(|w| w.guest.start() < guest.end());
-        &self.windows[from..to.max(from)]
+        // Few: to count them is less than to search once more.
+        let rest = &self.windows[from..];
+        let overlap = rest.iter().take_while(|w| w.guest.start() < guest.end());
+        &rest[..overlap.count()]
     }
 }
 
@@ -317,7 +333,7 @@ mod tests {
     #[test]
     fn a_request_is_cut_along_windows_and_gaps() {
         let table = table();
-        let parts: Vec<_> = table.resolve(guest(90, 310)).collect();
+        let parts = table.resolve(guest(90, 310)).to_vec();
         assert_eq!(
             parts,
             [
@@ -328,13 +344,13 @@ mod tests {
             ]
         );
         let gap = guest(100, 200);
-        assert!(table.resolve(gap).eq([Part::Gap(gap)]));
+        assert_eq!(table.resolve(gap).to_vec(), [Part::Gap(gap)]);
     }
 
     #[test]
     fn attributes_go_to_every_place_a_page_appears_at() {
         let table = table();
-        let places = |to| Vec::from_iter(table.places(RAM, file(95, 105), to));
+        let places = |to| table.places(RAM, file(95, 105), to).to_vec();
         let (bound, unbound) = ([guest(95, 100), guest(200, 205)], [guest(1095, 1100)]);
         assert_eq!(places(View::Private), [&unbound[..], &bound].concat());
         assert_eq!(places(View::Shared), [&bound[..], &unbound].concat());
