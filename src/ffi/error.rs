@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 
+use std::fmt::Display;
 use std::os::raw::c_char;
 
 /// Size of guestmemfd_error.message in bytes, with the terminating NUL.
@@ -16,10 +17,12 @@ pub struct guestmemfd_error {
     pub message: [c_char; GUESTMEMFD_ERROR_SIZE],
 }
 
-pub(super) fn fill(error: *mut guestmemfd_error, code: i32, message: &str) {
+pub(super) fn fill(error: *mut guestmemfd_error, code: i32, why: &impl Display) {
     if error.is_null() {
+        // Who does not ask is spared what a message costs.
         return;
     }
+    let message = why.to_string();
     let mut end = message.len().min(GUESTMEMFD_ERROR_SIZE - 1);
     while !message.is_char_boundary(end) {
         end -= 1;

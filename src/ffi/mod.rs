@@ -64,7 +64,7 @@ fn guard(error: *mut guestmemfd_error, body: impl FnOnce() -> Result<(), Failure
 
 #[cold]
 fn report(error: *mut guestmemfd_error, failure: &Failure) -> i32 {
-    error::fill(error, failure.errno(), &failure.to_string());
+    error::fill(error, failure.errno(), failure);
     -failure.errno()
 }
 
