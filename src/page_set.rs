@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
+use std::ops::Bound;
 
 use crate::addr::{PAGE_SIZE, Pages};
 
@@ -29,19 +30,25 @@ impl<S> Default for PageSet<S> {
 impl<S: Copy> PageSet<S> {
     /// Adds pages; some may be in the set already.
     pub fn insert(&mut self, pages: Pages<S>) {
-        let (mut start, mut end) = (pages.start(), pages.end());
-        if let Some((&before, &its_end)) = self.ranges.range(..start).next_back()
-            && its_end >= start
-        {
-            start = before;
-        }
-        while let Some((&next, &its_end)) = self.ranges.range(start..=end).next() {
+        let (start, mut end) = (pages.start(), pages.end());
+        let behind = |end| (Bound::Excluded(start), Bound::Included(end));
+        while let Some((&next, &its_end)) = self.ranges.range(behind(end)).next() {
             self.ranges.remove(&next);
             self.pages -= its_end - next;
             end = end.max(its_end);
         }
-        self.ranges.insert(start, end);
-        self.pages += end - start;
+        let before = self.ranges.range_mut(..=start).next_back();
+        match before.filter(|(_, its_end)| **its_end >= start) {
+            // Pages in sequence: the range grows where it is.
+            Some((_, its_end)) => {
+                self.pages += end.saturating_sub(*its_end);
+                *its_end = end.max(*its_end);
+            }
+            None => {
+                self.ranges.insert(start, end);
+                self.pages += end - start;
+            }
+        }
     }
 
     /// Removes pages; some may not be in the set.
