@@ -228,7 +228,9 @@ impl Vm {
         }
         let_go(&runs, told);
         let Err(error) = self.set_attributes(&runs, View::Private) else {
-            self.leave_used_behind(moves);
+            if moves.have_along() {
+                self.leave_used_behind(moves);
+            }
             // What went along is a hole in the shared view.
             self.leave(&moves.runs(|_| true), View::Shared);
             return Ok(());

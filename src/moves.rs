@@ -40,7 +40,9 @@ impl Along<'_> {
 
 impl Drop for Moves<'_> {
     fn drop(&mut self) {
-        self.finish(|was| was);
+        if !self.is_empty() {
+            self.finish(|was| was);
+        }
     }
 }
 
@@ -109,6 +111,11 @@ impl<'a> Moves<'a> {
         })
     }
 
+    /// Do any pages go along?
+    pub(crate) fn have_along(&self) -> bool {
+        self.along.is_some()
+    }
+
     /// Pages that go along.
     pub(crate) fn along(&self) -> impl Iterator<Item = Run<'a>> {
         self.along.iter().flat_map(|along| {
@@ -140,11 +147,13 @@ impl<'a> Moves<'a> {
 
     /// Counts a conversion of them.
     pub(crate) fn count(&self, to: View) {
-        for moves in self.by_backend() {
-            let counters = &moves[0].0.backend.counters;
-            let pages = moves.iter().map(|(run, _)| run.pages.count()).sum();
-            counters.conversions.add(to, 1);
-            counters.converted_pages.add(to, pages);
+        let mut counted = None;
+        for (Run { backend, pages }, _) in &self.moves {
+            let counters = &backend.counters;
+            counters.converted_pages.add(to, pages.count());
+            if counted.replace(backend.id()) != Some(backend.id()) {
+                counters.conversions.add(to, 1);
+            }
         }
         if let Some(along) = &self.along {
             let counter = &along.backend.counters.pages_along;
@@ -160,7 +169,7 @@ impl<'a> Moves<'a> {
 
     /// All pages that move, neighbours joined.
     pub(crate) fn all_runs(&self) -> Few<Run<'a>> {
-        if self.along.is_none() {
+        if !self.have_along() {
             return self.runs(|_| true);
         }
         let asked = self.moves.iter().map(|(run, _)| *run);
@@ -182,12 +191,6 @@ impl<'a> Moves<'a> {
             states.set_run(run.pages, PageState::Transition, to(*was));
         }
         self.moves.clear();
-    }
-
-    /// Never an empty slice.
-    fn by_backend(&self) -> impl Iterator<Item = &[(Run<'a>, PageState)]> {
-        self.moves
-            .chunk_by(|a, b| a.0.backend.id() == b.0.backend.id())
     }
 }
 
