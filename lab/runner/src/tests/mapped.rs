@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Ordinary guests on one guest_memfd that the host maps: boot, reset, population, placement.
 
+use std::fs;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
@@ -28,6 +30,9 @@ pub(super) fn tests() -> Vec<Test> {
         }
         let name = format!("mapped/memory-above-4g-bind-{bind}");
         let run = move |context: &Context| above_4g(context, bind);
+        tests.push(Test::new(name, MAPPED, run));
+        let name = format!("mapped/slots-bind-{bind}");
+        let run = move |context: &Context| slots(context, bind);
         tests.push(Test::new(name, MAPPED, run));
         let name = format!("mapped/reset-bind-{bind}");
         let run = move |context: &Context| again_after_reset(context, bind, "");
@@ -96,6 +101,43 @@ fn idle(context: &Context, bind: &str, smp: u32) -> Result<()> {
         "{used} bytes are allocated"
     );
     guest::finish(&mut qemu)?;
+    Ok(())
+}
+
+/// Which slots carry the file, as QEMU's trace has it: with `bind=on` those of RAM, but for read-only ones and
+/// second appearances; without it none.
+fn slots(context: &Context, bind: &str) -> Result<()> {
+    const READ_ONLY: u64 = 1 << 1;
+    let vm = guest_vm(context, Scenario::Idle, bind).with_arguments("-trace kvm_set_user_memory");
+    let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    guest::finish(&mut qemu)?;
+    let trace = fs::read_to_string(context.log.join("qemu/stderr"))?;
+    let mut bound = 0;
+    for line in trace.lines().filter(|line| line.contains("Slot#")) {
+        let value = |name: &str| {
+            let mut words = line.split_whitespace();
+            let word = words.find_map(|word| word.strip_prefix(name));
+            word.with_context(|| format!("no {name} in {line}"))
+        };
+        let number = |name| -> Result<u64> {
+            let digits = value(name)?.trim_start_matches("0x");
+            Ok(u64::from_str_radix(digits, 16)?)
+        };
+        let has_file = value("guest_memfd=")? != "-1";
+        ensure!(
+            !has_file || number("flags=")? & READ_ONLY == 0,
+            "a read-only slot carries the file: {line}"
+        );
+        if has_file {
+            bound = bound.max(number("size=")?);
+        }
+    }
+    let expected = bind == "on";
+    ensure!(
+        (bound >= SIZE.0 / 2) == expected && (bound > 0) == expected,
+        "the largest slot with the file has {bound} bytes"
+    );
     Ok(())
 }
 

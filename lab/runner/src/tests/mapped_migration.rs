@@ -29,8 +29,21 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("mapped/migration-file", needs, mapped_ram),
         Test::new("mapped/snapshot", needs, by_job),
         Test::new("mapped/snapshot-monitor", needs, by_monitor),
-        Test::new("mapped/dirty-rate", needs, dirty_rate),
+        Test::new("mapped/dirty-rate", needs, |context| {
+            dirty_rate(context, "off", "dirty-bitmap")
+        }),
+        Test::new("mapped/dirty-rate-by-samples-bind-off", needs, |context| {
+            dirty_rate(context, "off", "page-sampling")
+        }),
+        Test::new("mapped/dirty-rate-by-samples-bind-on", needs, |context| {
+            dirty_rate(context, "on", "page-sampling")
+        }),
         Test::new("mapped/postcopy-refused", needs, postcopy),
+        Test::new(
+            "mapped/background-snapshot-refused",
+            needs,
+            background_snapshot,
+        ),
         Test::new("mapped/cpr-refused", needs, cpr),
         Test::new("mapped/bound-migration-refused", needs, bound),
         Test::new("mapped/bound-only-migratable", needs, only_migratable),
@@ -225,10 +238,11 @@ fn snapshot(context: &Context, run: impl Fn(&mut Qemu, &str) -> Result<()>) -> R
     goes_on(other)
 }
 
-/// KVM's dirty log shows that the guest writes.
-fn dirty_rate(context: &Context) -> Result<()> {
-    let mut qemu = writing(context, &source(context))?;
-    let arguments = json!({"calc-time": 1, "mode": "dirty-bitmap"});
+/// KVM's dirty log shows that the guest writes, and so does its memory.
+fn dirty_rate(context: &Context, bind: &str, mode: &str) -> Result<()> {
+    let vm = mapped::guest_vm(context, Scenario::Dirty, bind);
+    let mut qemu = writing(context, &vm)?;
+    let arguments = json!({"calc-time": 1, "mode": mode});
     qemu.qmp.run("calc-dirty-rate", arguments)?;
     let deadline = Instant::now() + LIMIT;
     loop {
@@ -248,6 +262,18 @@ fn postcopy(context: &Context) -> Result<()> {
     let mut qemu = context.start_as("target", &target(context, "-incoming defer"))?;
     let arguments = json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]});
     refused(&mut qemu, "migrate-set-capabilities", arguments, "TMPFS")
+}
+
+/// For the same reason.
+fn background_snapshot(context: &Context) -> Result<()> {
+    let mut qemu = context.start(&Vm::ordinary(super::SIZE))?;
+    let arguments = json!({"capabilities": [{"capability": "background-snapshot", "state": true}]});
+    refused(
+        &mut qemu,
+        "migrate-set-capabilities",
+        arguments,
+        "ackground",
+    )
 }
 
 /// A QEMU that takes over without the memory would find none of it.
