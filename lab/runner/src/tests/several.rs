@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
 use crate::guest;
@@ -34,6 +34,7 @@ pub(super) fn tests() -> Vec<Test> {
     vec![
         Test::new("several/numa-nodes", strict, numa),
         Test::new("several/dimm", strict, dimm),
+        Test::new("several/other-backend", &[Need::PrivateMemory], other),
         Test::new("several/dimms-come-and-go", strict, |context| {
             come_and_go(context, &hotplug_vm(context, Scenario::Storm), |_| Ok(()))
         }),
@@ -82,6 +83,31 @@ fn dimm(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// A DIMM that QEMU converts itself, beside memory that the library converts.
+fn other(context: &Context) -> Result<()> {
+    let vm = Vm::conformance(&context.files, Scenario::Hypercall, false, SIZE, 2);
+    let vm = taking_dimms(vm).with_words(&dimm_word());
+    let mut qemu = context.start(&vm)?;
+    plug_object(
+        &mut qemu,
+        json!({"qom-type": "memory-backend-memfd", "id": "extra", "size": DIMM}),
+    )?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    println!("# {backend:?}");
+    guests::settled(&backend)?;
+    let tap = guest::finish(&mut qemu)?;
+    tap.verdict()?;
+    let pages = tap.note("to-private-pages");
+    let pages = pages.context("the guest does not say what it converted")?;
+    let library = backend.converted_to_private_bytes / 4096;
+    ensure!(
+        0 < library && library < pages,
+        "the library converted {library} of {pages} pages"
+    );
+    Ok(())
+}
+
 /// DIMMs are added and removed while the guest converts other memory, or theirs.
 fn come_and_go(
     context: &Context,
@@ -123,8 +149,11 @@ fn until_converted(qemu: &mut Qemu) -> Result<()> {
 
 /// A guest in a machine that takes DIMMs.
 fn hotplug_vm(context: &Context, scenario: Scenario) -> Vm {
-    Vm::conformance(&context.files, scenario, true, SIZE, 2)
-        .with_arguments("-m 256M,slots=2,maxmem=16G")
+    taking_dimms(Vm::conformance(&context.files, scenario, true, SIZE, 2))
+}
+
+fn taking_dimms(vm: Vm) -> Vm {
+    vm.with_arguments("-m 256M,slots=2,maxmem=16G")
 }
 
 /// Tells the guest where the DIMM is.
@@ -134,7 +163,13 @@ fn dimm_word() -> String {
 
 fn plug(qemu: &mut Qemu) -> Result<()> {
     // A guard has to end with its backend, also while others run.
-    let object = json!({"qom-type": BACKEND, "id": "extra", "size": DIMM, "guard": "report"});
+    plug_object(
+        qemu,
+        json!({"qom-type": BACKEND, "id": "extra", "size": DIMM, "guard": "report"}),
+    )
+}
+
+fn plug_object(qemu: &mut Qemu, object: Value) -> Result<()> {
     qemu.qmp.run("object-add", object)?;
     let device = json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "extra", "addr": AT});
     qemu.qmp.run("device_add", device)?;
