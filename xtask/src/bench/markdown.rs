@@ -13,6 +13,7 @@ const PREFAULT: Subject = ("floor", "prefault");
 const UPSTREAM: Subject = ("upstream", "");
 const NOW: Subject = ("ours", "discard=now");
 const COALESCED: Subject = ("ours", "discard=coalesced");
+const PREFAULTING: Subject = ("ours", "prefault=on");
 const NOT_LAZY: Subject = ("ours", "lazy-attributes=off");
 const MAPPED: Subject = ("ours", "mode=mapped");
 const BOUND: Subject = ("ours", "mode=mapped,bind=on");
@@ -75,6 +76,8 @@ const FORMS: [Form; 7] = [
             OverFloor(NOW),
             Value(COALESCED),
             OverFloor(COALESCED),
+            Value(PREFAULTING),
+            OverFloor(PREFAULTING),
         ],
         unit: (1.0, 0),
     },
