@@ -20,6 +20,7 @@ use vm_memory::{
 use crate::Options;
 
 pub(crate) const PAGE: u64 = 4096;
+const ONE_MIB: u64 = 1 << 20;
 const FOUR_GIB: u64 = 4 << 30;
 
 /// RAM at one place.
@@ -45,16 +46,26 @@ impl Memory {
     /// Makes the files and tells KVM where they are.
     pub(crate) fn new(vm: &VmFd, options: &Options) -> Result<Self> {
         let (low, high) = (u64::from(options.low) << 20, u64::from(options.high) << 20);
-        let mut windows = vec![Window {
-            gpa: 0,
-            size: low,
-            offset: 0,
-        }];
-        windows.extend((high > 0).then_some(Window {
-            gpa: FOUR_GIB,
-            size: high,
-            offset: low,
-        }));
+        // As on a PC, where other things than RAM can be below 1 MiB. It makes a difference: with each change
+        // of a page KVM looks at all the aligned GiB around it, if that lies in one slot.
+        let ends = [
+            (0, ONE_MIB.min(low)),
+            (ONE_MIB, low),
+            (FOUR_GIB, FOUR_GIB + high),
+        ];
+        let mut offset = 0;
+        let windows = ends.into_iter().filter(|(gpa, end)| gpa < end);
+        let windows: Vec<_> = windows
+            .map(|(gpa, end)| {
+                let size = end - gpa;
+                offset += size;
+                Window {
+                    gpa,
+                    size,
+                    offset: offset - size,
+                }
+            })
+            .collect();
         let shared = memfd_create("floor", MemfdFlags::CLOEXEC).context("memfd_create")?;
         ftruncate(&shared, low + high)?;
         let raw = vm
