@@ -144,9 +144,9 @@ pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> R
             // What idling takes is subtracted already.
             ("idle", _) => {}
             ("request" | "touch" | "later", _) => rows.add_conversion(line, &lines),
-            ("exit" | "repeat" | "time" | "page", _) => rows.add(name, mean, unit),
-            // All requests are alike; a timer's interrupt is in some of them.
-            ("io", _) => rows.add(name, line.median, unit),
+            ("repeat" | "time" | "page", _) => rows.add(name, mean, unit),
+            // All are alike, and few; what else level 1 does is in some of them.
+            ("exit" | "io", _) => rows.add(name, line.median, unit),
             ("nanoseconds", _) => rows.add(name, line.mean, "ns"),
             ("memory", _) => rows.add(name, line.mean, "bytes"),
             (memory, _) => {
@@ -263,6 +263,15 @@ mod tests {
         let lines = [line("fault-4k", "shared", "touch", 1, 2, 40)];
         let rows = rows(&super::super::plan::check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "fault-4k-to-shared"), Some(20.0));
+    }
+
+    #[test]
+    fn what_happens_beside_an_exit_is_not_its_cost() {
+        let text = "# measured row=exit direction=port part=exit units=1 samples=64 total=1064000 \
+                    least=2000 median=2000 p99=900000 most=900000";
+        let lines = [Line::parse(text).expect("a line of the guest")];
+        let rows = rows(&super::super::plan::check(), &lines, Clock::Instructions).expect("rows");
+        assert_eq!(value(&rows, "exit-port"), Some(2000.0));
     }
 
     #[test]

@@ -67,15 +67,19 @@ pub(super) fn all(
                 scope.spawn(move || work(bench, next, how, &sender));
             }
             drop(sender);
-            for (index, outcome) in outcomes {
+            for (index, news) in outcomes {
                 let name = wanted[index].name();
-                match outcome {
-                    Ok(rows) => {
+                match news {
+                    News::Again(error) => {
+                        step.note(format_args!("{name}, which is tried again: {error:#}"));
+                        continue;
+                    }
+                    News::End(Ok(rows)) => {
                         step.note(format_args!("{name}: {} rows", rows.len()));
                         measured(&rows);
                         results[index] = Some(rows);
                     }
-                    Err(error) => {
+                    News::End(Err(error)) => {
                         step.note(format_args!("{name}: {error:#}"));
                         failed.push(name);
                     }
@@ -92,19 +96,25 @@ pub(super) fn all(
 
 type Queue<'a> = Mutex<std::vec::IntoIter<(usize, &'a Measurement)>>;
 
-fn work(bench: &Bench, next: &Queue<'_>, how: &How, outcomes: &Sender<(usize, Result<Vec<Row>>)>) {
+/// What a worker says of a measurement.
+enum News {
+    Again(anyhow::Error),
+    End(Result<Vec<Row>>),
+}
+
+fn work(bench: &Bench, next: &Queue<'_>, how: &How, news: &Sender<(usize, News)>) {
     loop {
         let Some((index, measurement)) = next.lock().ok().and_then(|mut queue| queue.next()) else {
             return;
         };
         let mut outcome = one(bench, measurement, how);
         for _ in 1..TRIES {
-            if outcome.is_ok() {
-                break;
-            }
+            let Err(error) = outcome else { break };
+            // If nobody listens any more, the last one notices.
+            let _ = news.send((index, News::Again(error)));
             outcome = one(bench, measurement, how);
         }
-        if outcomes.send((index, outcome)).is_err() {
+        if news.send((index, News::End(outcome))).is_err() {
             return;
         }
     }
