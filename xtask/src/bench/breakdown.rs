@@ -34,11 +34,10 @@ pub(super) fn read(counts: &Path, touched: &Path) -> Result<Vec<Counts>> {
         .with_context(|| format!("the plugin has not written {}", counts.display()))?;
     let of = |start: &'static str| text.lines().filter(move |line| line.starts_with(start));
     let touches: Vec<_> = of("touch=").collect();
-    if let Some(folder) = touched.parent() {
-        fs::create_dir_all(folder)?;
+    if !touches.is_empty() {
+        fs::write(touched, touches.join("\n") + "\n")
+            .with_context(|| format!("cannot write {}", touched.display()))?;
     }
-    fs::write(touched, touches.join("\n") + "\n")
-        .with_context(|| format!("cannot write {}", touched.display()))?;
     of("part=")
         .map(|line| of_line(line).with_context(|| format!("no line of the plugin: {line}")))
         .collect()

@@ -95,12 +95,8 @@ const FORMS: [Form; 7] = [
             "untouched-4k-to-shared",
             "convert-4k-to-private-repeat",
             "convert-2m-to-private-repeat",
-            "exit-kernel",
-            "exit-port",
-            "exit-refused",
             "fault-4k-to-private",
             "fault-4k-to-shared",
-            "disk-read-4k",
         ],
         columns: &[
             Part(NOW, 0),
