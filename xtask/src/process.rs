@@ -8,8 +8,8 @@ use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -30,10 +30,10 @@ static GROUPS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 /// Ends what runs when the user interrupts this program.
 pub(crate) fn end_children_on_interrupt() -> Result<()> {
     ctrlc::set_handler(|| {
-        if let Ok(groups) = GROUPS.lock() {
-            for group in groups.iter() {
-                let _ = kill_process_group(*group, Signal::TERM);
-            }
+        // Kept until the end, so that nothing is started in place of what is ended.
+        let groups = groups();
+        for group in groups.iter() {
+            let _ = kill_process_group(*group, Signal::TERM);
         }
         scratch::remove_all();
         eprintln!("\ninterrupted");
@@ -104,8 +104,7 @@ impl<'a> Job<'a> {
             ),
             None => None,
         };
-        let mut child = self.spawn()?;
-        let group = Group::new(&child);
+        let (mut child, group) = Group::spawn(|| self.spawn())?;
         let (sender, lines) = channel();
         forward(child.stdout.take(), sender.clone());
         forward(child.stderr.take(), sender);
@@ -221,12 +220,12 @@ impl Outcome {
 struct Group(Pid);
 
 impl Group {
-    fn new(child: &Child) -> Self {
-        let group = Pid::from_child(child);
-        if let Ok(mut groups) = GROUPS.lock() {
-            groups.push(group);
-        }
-        Self(group)
+    fn spawn(start: impl FnOnce() -> Result<Child>) -> Result<(Child, Self)> {
+        let mut groups = groups();
+        let child = start()?;
+        let group = Pid::from_child(&child);
+        groups.push(group);
+        Ok((child, Self(group)))
     }
 
     fn signal(&self, signal: Signal) {
@@ -237,10 +236,12 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Ok(mut groups) = GROUPS.lock() {
-            groups.retain(|group| *group != self.0);
-        }
+        groups().retain(|group| *group != self.0);
     }
+}
+
+fn groups() -> MutexGuard<'static, Vec<Pid>> {
+    GROUPS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads lines in a thread of its own; bytes that are no UTF-8 are replaced.

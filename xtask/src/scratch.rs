@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
 use tempfile::TempDir;
@@ -18,13 +18,12 @@ pub(crate) struct Scratch(TempDir);
 impl Scratch {
     /// Makes one in another folder.
     pub(crate) fn new(prefix: &str, within: &Path) -> Result<Self> {
+        let mut folders = folders();
         let folder = tempfile::Builder::new()
             .prefix(prefix)
             .tempdir_in(within)
             .with_context(|| format!("cannot make a folder in {}", within.display()))?;
-        if let Ok(mut folders) = FOLDERS.lock() {
-            folders.push(folder.path().to_owned());
-        }
+        folders.push(folder.path().to_owned());
         Ok(Self(folder))
     }
 
@@ -35,18 +34,25 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Ok(mut folders) = FOLDERS.lock() {
-            folders.retain(|folder| folder != self.0.path());
-        }
+        folders().retain(|folder| folder != self.0.path());
     }
 }
 
-/// Removes all, for a program that ends without dropping them.
+fn folders() -> MutexGuard<'static, Vec<PathBuf>> {
+    FOLDERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes all, for a program that ends without dropping them. From now on nobody gets one.
 pub(crate) fn remove_all() {
-    let folders = FOLDERS.lock().map(|folders| folders.clone());
-    for folder in folders.unwrap_or_default() {
+    let folders = folders();
+    remove(&folders);
+    std::mem::forget(folders);
+}
+
+fn remove(folders: &[PathBuf]) {
+    for folder in folders {
         // Whoever writes there is being ended, and may do it once more.
-        let _ = fs::remove_dir_all(&folder).or_else(|_| fs::remove_dir_all(&folder));
+        let _ = fs::remove_dir_all(folder).or_else(|_| fs::remove_dir_all(folder));
     }
 }
 
@@ -63,7 +69,7 @@ mod tests {
         assert!(!path.exists());
         let kept = Scratch::new("x-", within.path()).expect("a folder");
         fs::write(kept.path().join("file"), "x").expect("a file");
-        remove_all();
+        remove(&folders());
         assert!(!kept.path().exists());
     }
 }
