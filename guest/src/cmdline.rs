@@ -46,11 +46,13 @@ pub enum Scenario {
     Vhost,
     /// Uses an edu device, which goes its own way to memory if VFIO has handed it to the guest.
     Dma,
+    /// Has its page tables in private memory.
+    Tables,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -70,6 +72,7 @@ impl Scenario {
         Self::Clock,
         Self::Vhost,
         Self::Dma,
+        Self::Tables,
     ];
 
     /// Does it have to convert memory? If not, ordinary guests can run it.
@@ -114,6 +117,7 @@ impl Scenario {
             Self::Clock => "clock",
             Self::Vhost => "vhost",
             Self::Dma => "dma",
+            Self::Tables => "tables",
         }
     }
 }
@@ -471,7 +475,7 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,dma,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,dma,tables,all"
         );
     }
 }

@@ -63,6 +63,24 @@ pub(crate) fn in32(port: u16) -> u32 {
     value
 }
 
+/// Where this CPU's page tables begin.
+pub(crate) fn page_tables() -> u64 {
+    let tables: u64;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr3", out(reg) tables, options(nomem, nostack, preserves_flags)) }
+    tables & !0xfff
+}
+
+/// Gives this CPU other page tables.
+///
+/// # Safety
+///
+/// They must map what is in use as it is mapped now, for as long as the CPU has them.
+pub(crate) unsafe fn set_page_tables(tables: u64) {
+    // SAFETY: the caller answers for what they map.
+    unsafe { asm!("mov cr3, {}", in(reg) tables, options(nostack, preserves_flags)) }
+}
+
 /// Asks the CPU about itself.
 pub(crate) fn cpuid(leaf: u32) -> CpuidResult {
     // SAFETY: every 64-bit CPU has the instruction. (It is an unsafe function in older toolchains

@@ -19,6 +19,7 @@ mod reset;
 pub(crate) mod scale;
 mod storm;
 mod sweep;
+mod tables;
 mod vhost;
 
 pub(crate) use guestmemfd_guest::cmdline::Scenario;
@@ -223,6 +224,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
                 | Scenario::Disk
                 | Scenario::Device
                 | Scenario::Clock
+                | Scenario::Tables
                 | Scenario::Vhost
         );
         if device && (cpu, index) != (0, 0) {
@@ -258,6 +260,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Clock => clock::run(&mut run),
             Scenario::Vhost => vhost::run(&mut run),
             Scenario::Dma => dma::run(&mut run, cpu, strict),
+            Scenario::Tables => tables::run(&mut run),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

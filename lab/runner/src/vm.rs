@@ -106,6 +106,8 @@ pub(crate) enum Scenario {
     Vhost,
     /// Uses an edu device, which VFIO has handed to it
     Dma,
+    /// Has its page tables in private memory
+    Tables,
     /// Not the conformance guest but Linux
     Linux,
 }
@@ -133,6 +135,7 @@ impl Scenario {
             Self::Clock => "clock",
             Self::Vhost => "vhost",
             Self::Dma => "dma",
+            Self::Tables => "tables",
             Self::Linux => "linux",
         }
     }
@@ -157,6 +160,7 @@ impl Scenario {
                 | Self::Device
                 | Self::Clock
                 | Self::Vhost
+                | Self::Tables
                 | Self::Linux
         )
     }

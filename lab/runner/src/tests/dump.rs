@@ -27,6 +27,7 @@ pub(super) fn tests() -> Vec<Test> {
     vec![
         Test::new("dump/elf", private, elf),
         Test::new("dump/paging", private, paging),
+        Test::new("dump/private-page-tables", private, private_page_tables),
         Test::new("dump/kdump", private, kdump),
     ]
 }
@@ -81,13 +82,16 @@ fn paging(context: &Context) -> Result<()> {
 }
 
 /// Where page tables are private, a dump with paging would have no memory at all.
-pub(super) fn refuses_paging(qemu: &mut Qemu) -> Result<()> {
+fn private_page_tables(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
+    let mut qemu = context.start(&guests::guest_vm(context, Scenario::Tables, 1))?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
     let protocol = format!("file:{}", dir.path().join("dump").display());
     let arguments = json!({"paging": true, "protocol": protocol});
     let answer = qemu.qmp.raw("dump-guest-memory", arguments)?;
     let why = answer.err().context("a dump with paging is written")?.desc;
     ensure!(why.contains("page tables"), "no reason in {why:?}");
+    guest::finish(&mut qemu)?.verdict()?;
     Ok(())
 }
 

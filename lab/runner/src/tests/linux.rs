@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
-use super::{Context, Test, dump, freed, guests};
+use super::{Context, Test, freed, guests};
 use crate::guest;
 use crate::linux::{self, Files, Job, VIRTIO};
 use crate::memory::{self, Kind};
@@ -59,7 +59,6 @@ fn work(context: &Context, smp: u32) -> Result<()> {
     let vm = context.files.linux.vm(Job::Work, SIZE, smp)?;
     let mut qemu = context.start(&vm)?;
     guest::run_through_reboot(&mut qemu, LIMIT)?;
-    dump::refuses_paging(&mut qemu)?;
     end(&mut qemu, Tap::default())
 }
 
