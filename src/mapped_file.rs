@@ -43,16 +43,15 @@ fn pages_of(offset: u64, bytes: &[u8]) -> Option<(FilePages, usize)> {
 /// Which pages of a mapping are allocated. A guest_memfd is never swapped out, so those that are not
 /// in memory are holes.
 fn allocated_pages(mapping: &MmapRegion) -> io::Result<Vec<bool>> {
-    let mut present = vec![0_u8; mapping.size().div_ceil(PAGE)];
-    // SAFETY: the range is mapped as long as `mapping` lives, and the vector has a byte for each of
-    // its pages, which is what the call writes.
-    let status = unsafe {
-        libc::mincore(
-            mapping.as_ptr().cast(),
-            mapping.size(),
-            present.as_mut_ptr(),
-        )
-    };
+    pages_in_memory(mapping.as_ptr(), mapping.size())
+}
+
+/// Which pages of a range of addresses are in memory. An error where nothing is mapped.
+pub(crate) fn pages_in_memory(start: *mut u8, size: usize) -> io::Result<Vec<bool>> {
+    let mut present = vec![0_u8; size.div_ceil(PAGE)];
+    // SAFETY: the vector has a byte for each page, which is what the call writes; the range is only looked
+    // up, and may be any.
+    let status = unsafe { libc::mincore(start.cast(), size, present.as_mut_ptr()) };
     match status {
         0 => Ok(present.iter().map(|page| page & 1 != 0).collect()),
         _ => Err(io::Error::last_os_error()),

@@ -90,6 +90,7 @@ impl<T> fmt::Debug for Zeroed<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mapped_file::pages_in_memory;
 
     #[test]
     fn all_values_are_zero_and_can_be_written() {
@@ -107,14 +108,10 @@ mod tests {
         }
     }
 
-    /// In use, in KiB, of the mapping that begins there.
-    fn resident(values: &Zeroed<u64>) -> u64 {
-        let start = format!("{:x}-", values.first.as_ptr() as usize);
-        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
-        let resident = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
-        let number = resident.split_whitespace().next().unwrap();
-        number.parse().unwrap()
+    /// In use, in KiB. Neighbours count apart, with which the kernel may have joined the mapping.
+    fn resident(values: &Zeroed<u64>) -> usize {
+        let pages = pages_in_memory(values.first.as_ptr().cast(), size_of_val(&**values)).unwrap();
+        4 * pages.iter().filter(|present| **present).count()
     }
 
     #[test]

@@ -117,13 +117,15 @@ impl Owner for KvmOwner {
     }
 }
 
+fn unsupported(wanted: &str, found: &str) -> Result<()> {
+    Err(Error::Unsupported {
+        wanted: wanted.into(),
+        found: found.into(),
+    })
+}
+
 fn check_private_memory(has_guest_memfd: bool, attributes: i64) -> Result<()> {
-    let lacks = |found: &str| {
-        Err(Error::Unsupported {
-            wanted: "private memory in a guest_memfd".into(),
-            found: found.into(),
-        })
-    };
+    let lacks = |found| unsupported("private memory in a guest_memfd", found);
     if !has_guest_memfd {
         return lacks("KVM has no guest_memfd here; Linux 6.8 or later is needed");
     }
@@ -137,12 +139,7 @@ fn check_private_memory(has_guest_memfd: bool, attributes: i64) -> Result<()> {
 }
 
 fn check_mapped_memory(has_guest_memfd: bool, flags: u64) -> Result<()> {
-    let lacks = |found: &str| {
-        Err(Error::Unsupported {
-            wanted: "a guest_memfd that the host maps".into(),
-            found: found.into(),
-        })
-    };
+    let lacks = |found| unsupported("a guest_memfd that the host maps", found);
     if !has_guest_memfd {
         return lacks("KVM has no guest_memfd here; Linux 6.18 or later is needed");
     }

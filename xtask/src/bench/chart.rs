@@ -8,7 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::plan::SUBJECTS;
-use super::rows::Row;
+use super::rows::{Row, START_MEMORY, STARTS, value};
 
 /// A picture: groups of bars, one bar a subject.
 pub(super) struct Chart {
@@ -41,18 +41,13 @@ pub(super) const CHARTS: [Chart; 3] = [
     Chart {
         file: "start.svg",
         caption: "Millions of instructions until a guest's first line",
-        groups: &["start-1g", "start-16g", "start-64g", "start-256g"],
+        groups: &STARTS,
         unit: 1e6,
     },
     Chart {
         file: "start-kernel-memory.svg",
         caption: "KiB that the kernel has allocated for itself by then",
-        groups: &[
-            "start-kernel-memory-1g",
-            "start-kernel-memory-16g",
-            "start-kernel-memory-64g",
-            "start-kernel-memory-256g",
-        ],
+        groups: &START_MEMORY,
         unit: 1024.0,
     },
 ];
@@ -134,11 +129,4 @@ fn fill(chart: &Chart, area: &Area<'_>, rows: &[Row]) -> Result<(), Box<dyn std:
         .label_font((FONT, 14))
         .draw()?;
     Ok(())
-}
-
-fn value(rows: &[Row], name: &str, (subject, variant): (&str, &str)) -> Option<f64> {
-    let row = rows
-        .iter()
-        .find(|row| row.row == name && row.subject == subject && row.variant == variant);
-    row.map(|row| row.value)
 }

@@ -4,7 +4,7 @@
 use super::breakdown::PARTIES;
 use super::record::Report;
 use super::report::thousands;
-use super::rows::Row;
+use super::rows::{Row, START_MEMORY, STARTS, value};
 
 type Subject = (&'static str, &'static str);
 
@@ -131,7 +131,7 @@ const FORMS: [Form; 7] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &["start-1g", "start-16g", "start-64g", "start-256g"],
+        rows: &STARTS,
         columns: &[
             Value(FLOOR),
             Value(UPSTREAM),
@@ -147,12 +147,7 @@ const FORMS: [Form; 7] = [
         unit: (1e6, 1),
     },
     Form {
-        rows: &[
-            "start-kernel-memory-1g",
-            "start-kernel-memory-16g",
-            "start-kernel-memory-64g",
-            "start-kernel-memory-256g",
-        ],
+        rows: &START_MEMORY,
         columns: &[Value(FLOOR), Value(UPSTREAM), Value(NOW)],
         unit: (1024.0, 0),
     },
@@ -253,13 +248,6 @@ fn subject_name((subject, variant): Subject) -> String {
         "" => subject.to_owned(),
         _ => format!("{subject}, `{variant}`"),
     }
-}
-
-fn value(rows: &[Row], name: &str, (subject, variant): Subject) -> Option<f64> {
-    let row = rows
-        .iter()
-        .find(|row| row.row == name && row.subject == subject && row.variant == variant);
-    row.map(|row| row.value)
 }
 
 #[cfg(test)]

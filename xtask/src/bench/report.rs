@@ -17,7 +17,7 @@ const PARTS: [&str; 3] = ["-request", "-touch", "-later"];
 pub(super) fn table(rows: &[Row]) -> Table {
     let subjects: Vec<(&str, &str)> = SUBJECTS
         .into_iter()
-        .filter(|subject| rows.iter().any(|row| is(row, *subject)))
+        .filter(|subject| rows.iter().any(|row| row.is_by(*subject)))
         .collect();
     let mut table = Table::new();
     table
@@ -48,7 +48,7 @@ pub(super) fn table(rows: &[Row]) -> Table {
 }
 
 fn cell(of_row: &[&Row], subject: (&str, &str)) -> String {
-    let Some(row) = of_row.iter().find(|row| is(row, subject)) else {
+    let Some(row) = of_row.iter().find(|row| row.is_by(subject)) else {
         return String::new();
     };
     let value = number(row);
@@ -73,10 +73,6 @@ fn number(row: &Row) -> String {
 fn least(of_row: &[&Row], subject: &str) -> Option<f64> {
     let values = of_row.iter().filter(|row| row.subject == subject);
     values.map(|row| row.value).reduce(f64::min)
-}
-
-fn is(row: &Row, (subject, variant): (&str, &str)) -> bool {
-    row.subject == subject && row.variant == variant
 }
 
 /// Each name once, in the order of its first row.

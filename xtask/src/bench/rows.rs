@@ -19,12 +19,35 @@ pub(crate) struct Row {
     pub(crate) unit: String,
 }
 
+/// The rows of starts, by size.
+pub(super) const STARTS: [&str; 4] = ["start-1g", "start-16g", "start-64g", "start-256g"];
+
+/// What the kernel has allocated by then.
+pub(super) const START_MEMORY: [&str; 4] = [
+    "start-kernel-memory-1g",
+    "start-kernel-memory-16g",
+    "start-kernel-memory-64g",
+    "start-kernel-memory-256g",
+];
+
 impl Row {
     /// Is it the same, measured once more?
     pub(super) fn is_of(&self, other: &Self) -> bool {
-        let key = |row: &Self| (row.row.clone(), row.subject.clone(), row.variant.clone());
-        key(self) == key(other)
+        self.row == other.row && self.is_by((&other.subject, &other.variant))
     }
+
+    /// Is it this subject's, in this variant?
+    pub(super) fn is_by(&self, (subject, variant): (&str, &str)) -> bool {
+        self.subject == subject && self.variant == variant
+    }
+}
+
+/// What a subject has taken.
+pub(super) fn value(rows: &[Row], name: &str, subject: (&str, &str)) -> Option<f64> {
+    let row = rows
+        .iter()
+        .find(|row| row.row == name && row.is_by(subject));
+    row.map(|row| row.value)
 }
 
 /// A line of the guest's, `# measured row=... part=...`.
