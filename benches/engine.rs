@@ -9,10 +9,10 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use guestmemfd::backend::BackendId;
-use guestmemfd::claim::Claims;
-use guestmemfd::state::{PageState, PageStates};
-use guestmemfd::window::{Window, WindowTable};
+use guestmemfd::exclusion::claims::Claims;
+use guestmemfd::pages::ranges::BackendId;
+use guestmemfd::pages::states::{PageState, PageStates};
+use guestmemfd::windows::{Window, WindowTable};
 use guestmemfd::{FilePages, GuestPages, PAGE_SIZE};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 

@@ -9,7 +9,7 @@ use std::fs;
 use std::hint::black_box;
 use std::time::Instant;
 
-use guestmemfd::state::{PageState, PageStates};
+use guestmemfd::pages::states::{PageState, PageStates};
 use guestmemfd::{FilePages, PAGE_SIZE};
 
 const PAGES: u64 = (1 << 40) / PAGE_SIZE;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::addr::{FilePages, GuestPages, RangeError};
-use crate::state::View;
-use crate::window::Overlap;
+use crate::pages::ranges::{FilePages, GuestPages, RangeError};
+use crate::pages::states::View;
+use crate::windows::Overlap;
 
 /// A result of this library.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -3,9 +3,9 @@
 //! Guest memory in KVM guest_memfd: which page is private to the guest, which is shared with the
 //! host, and moving pages between the two.
 //!
-//! A [`Vm`] holds an [`Owner`] (the hypervisor), a table of [windows](window) (where pages appear in
+//! A [`Vm`] holds an [`Owner`] (the hypervisor), a table of [windows] (where pages appear in
 //! guest physical space) and [backends](backend). A [`Backend`] has two views of each of its pages,
-//! private (guest_memfd) and shared (memfd), and a [state](state) for each. A guest's hypercall and
+//! private (guest_memfd) and shared (memfd), and a [state](pages::states) for each. A guest's hypercall and
 //! a guest's memory fault both end in [`Vm::convert`]. The host reaches guest memory by
 //! [`Vm::read`] and [`Vm::write`].
 //!
@@ -14,42 +14,27 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
-mod access;
-pub mod addr;
 pub mod backend;
-pub mod backing;
-pub mod claim;
-pub mod convert;
 pub mod error;
+pub mod exclusion;
 #[allow(unsafe_code)] // the C border: raw pointers from C
 pub mod ffi;
 pub mod guard;
-pub mod lazy;
 pub mod listener;
-mod mapped_file;
-mod moves;
 pub mod owner;
-pub mod page_set;
-mod pins;
-pub mod request;
-pub mod state;
-mod state_map;
-pub mod stats;
-mod sync;
-mod userfault;
+pub mod pages;
+pub mod views;
 pub mod vm;
-pub mod window;
-mod worker;
-mod zeroed;
+pub mod windows;
 
-pub use addr::{FilePages, GuestPages, PAGE_SIZE};
+pub use backend::map::StateMap;
+pub use backend::stats::BackendStats;
 pub use backend::{Backend, BackendConfig, Discard, Prefault};
-pub use backing::{Backing, Mode, ViewFile};
 pub use error::{Error, Result};
-pub use guard::{Guard, Stray};
-pub use listener::Listener;
+pub use guard::Guard;
+pub use listener::{Listener, Stray};
 pub use owner::Owner;
-pub use state::{PageState, View};
-pub use state_map::StateMap;
-pub use stats::BackendStats;
+pub use pages::ranges::{FilePages, GuestPages, PAGE_SIZE};
+pub use pages::states::{PageState, View};
+pub use views::{Backing, Mode, ViewFile};
 pub use vm::Vm;

@@ -4,11 +4,10 @@
 
 use std::io;
 
-use crate::addr::{FilePages, GuestPages};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::guard::Stray;
-use crate::state::View;
+use crate::pages::ranges::{FilePages, GuestPages};
+use crate::pages::states::View;
 
 /// How grave a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +16,18 @@ pub enum Level {
     Error,
     /// Something will be tried again.
     Warning,
+}
+
+/// An access to private pages that went around every check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stray {
+    /// What was accessed. Of another process only the pages are known that it has left data in.
+    pub pages: FilePages,
+    /// Where the guest sees the first of them, if it does anywhere.
+    pub gpa: Option<u64>,
+    /// The kernel's id of the thread, which waits until the listener returns; `None` for another
+    /// process.
+    pub thread: Option<u32>,
 }
 
 /// The user of a VM. All but `stray` are called from the thread that entered the library, and `log` from a guard's

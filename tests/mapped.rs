@@ -31,7 +31,7 @@ fn config(mode: Option<Mode>, bind: bool) -> BackendConfig {
         mode,
         bind,
         discard: Discard::Coalesced,
-        lazy: Some(lazy::Chunk::default()),
+        lazy: Some(backend::reach::Chunk::default()),
         ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
     }
 }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guestmemfd::backend::Backend;
-use guestmemfd::lazy::Chunk;
+use guestmemfd::backend::reach::Chunk;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::{BackendConfig, Error, FilePages, GuestPages, Listener, PageState, View, Vm};

@@ -9,11 +9,11 @@ use parking_lot::Mutex;
 use super::error::guestmemfd_error;
 use super::types::*;
 use super::{Failure, Out, check_ref, guard, guard_value};
-use crate::addr::PAGE_SIZE;
+use crate::backend::reach::Chunk;
 use crate::backend::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Prefault};
-use crate::backing::Mode;
-use crate::lazy::Chunk;
-use crate::state::{PageState, View};
+use crate::pages::ranges::PAGE_SIZE;
+use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 
 /// Creates a backend and its files.
 #[unsafe(no_mangle)]

@@ -5,12 +5,12 @@ use std::io;
 use std::os::raw::{c_char, c_void};
 
 use super::types::guestmemfd_stray;
-use crate::addr::{FilePages, GuestPages};
 use crate::backend::Backend;
 use crate::error::Error;
 use crate::guard::Stray;
 use crate::listener::{Level, Listener};
-use crate::state::View;
+use crate::pages::ranges::{FilePages, GuestPages};
+use crate::pages::states::View;
 
 /// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
 /// the thread that entered the library, but for stray, and for log with what a guard has to say; every

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::backend::stats::LATENCY_BUCKETS;
 use crate::backend::{Backend, Discard};
-use crate::backing::Mode;
 use crate::guard::Guard;
-use crate::state::PageState;
-use crate::stats::LATENCY_BUCKETS;
+use crate::pages::states::PageState;
+use crate::views::Mode;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().

@@ -6,8 +6,8 @@ use super::callbacks::{CListener, guestmemfd_callbacks};
 use super::error::guestmemfd_error;
 use super::types::*;
 use super::{Failure, Out, check_fd, check_ref, guard, guard_value};
-use crate::addr::{GuestPages, PAGE_SIZE};
 use crate::owner::{KvmOwner, Owner, SoftwareOwner};
+use crate::pages::ranges::{GuestPages, PAGE_SIZE};
 use crate::vm::Vm;
 
 /// The number of the interface that the library has; compare with GUESTMEMFD_ABI.

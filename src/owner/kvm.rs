@@ -15,11 +15,11 @@ use kvm_ioctls::{Kvm, VmFd};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::Owner;
-use crate::addr::GuestPages;
-use crate::backing::{KernelFile, ViewFile};
 use crate::error::{Error, Result};
-use crate::mapped_file::MappedFile;
-use crate::state::View;
+use crate::pages::ranges::GuestPages;
+use crate::pages::states::View;
+use crate::views::mapped::MappedFile;
+use crate::views::{KernelFile, ViewFile};
 
 /// `KVM_CAP_GUEST_MEMFD_FLAGS`, which kvm-bindings lacks: the flags that this VM's guest_memfd may
 /// have.

@@ -14,10 +14,10 @@ use std::sync::Arc;
 pub use kvm::KvmOwner;
 pub use software::SoftwareOwner;
 
-use crate::addr::GuestPages;
-use crate::backing::ViewFile;
 use crate::error::Result;
-use crate::state::View;
+use crate::pages::ranges::GuestPages;
+use crate::pages::states::View;
+use crate::views::ViewFile;
 
 /// Runs the guest, and lets it see one view of each page.
 pub trait Owner: Debug + Send + Sync {

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::Owner;
-use crate::addr::{GuestPages, GuestSpace};
-use crate::backing::{KernelFile, ViewFile};
 use crate::error::Result;
-use crate::page_set::PageSet;
-use crate::state::View;
+use crate::pages::ranges::{GuestPages, GuestSpace};
+use crate::pages::set::PageSet;
+use crate::pages::states::View;
+use crate::views::{KernelFile, ViewFile};
 
 /// An owner without a hypervisor.
 #[derive(Debug, Default)]

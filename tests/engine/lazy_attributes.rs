@@ -184,7 +184,7 @@ fn lazy_attributes_need_pages_that_start_undecided() {
     let vm = Vm::new(owner, Box::new(MapperHandle(Arc::default())));
     let config = BackendConfig {
         start: PageState::Private,
-        lazy: Some(lazy::Chunk::default()),
+        lazy: Some(backend::reach::Chunk::default()),
         ..BackendConfig::new("ram", PAGE_SIZE)
     };
     let error = vm.create_backend(config).unwrap_err();

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use guestmemfd::backing::KernelFile;
 use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::views::KernelFile;
 use guestmemfd::*;
 use rustix::fs::SeekFrom;
 
@@ -52,11 +52,15 @@ impl Machine {
     }
 
     pub(crate) fn lazy_with_listener(discard: Discard) -> Self {
-        let chunk = lazy::Chunk::from_bytes(8 * PAGE_SIZE);
+        let chunk = backend::reach::Chunk::from_bytes(8 * PAGE_SIZE);
         Self::build(discard, PageState::Undecided, chunk)
     }
 
-    pub(crate) fn build(discard: Discard, start: PageState, lazy: Option<lazy::Chunk>) -> Self {
+    pub(crate) fn build(
+        discard: Discard,
+        start: PageState,
+        lazy: Option<backend::reach::Chunk>,
+    ) -> Self {
         let fault = Arc::new(Fault::default());
         let owner = Arc::new(SoftwareOwner::default());
         let mapper = Arc::new(Mapper {

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Updater, opcode};
 use rustix::mm::UserfaultfdFlags;
 
-use crate::addr::PAGE_SIZE;
+use crate::pages::ranges::PAGE_SIZE;
 
 /// A thread waits for a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,9 +8,9 @@
 //! KVM slot carries the guest_memfd, so the private view can be seen through it. The others show
 //! the shared view only.
 
-use crate::addr::{Few, FilePages, GuestPages};
-use crate::backend::BackendId;
-use crate::state::View;
+use crate::pages::ranges::BackendId;
+use crate::pages::ranges::{Few, FilePages, GuestPages};
+use crate::pages::states::View;
 
 /// A range of a backend in guest physical space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

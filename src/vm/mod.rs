@@ -2,28 +2,34 @@
 
 //! A VM: its owner, its backends, and where their pages appear.
 
+mod access;
+pub mod convert;
+mod moves;
+pub mod request;
+pub(crate) mod worker;
+
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::unistd::{SysconfVar, sysconf};
 use parking_lot::{Mutex, RwLock};
 
-use crate::addr::{FilePages, GuestPages};
 use crate::backend::{Backend, BackendConfig, BackendId, Discard};
-use crate::backing::{Backing, KernelFile, Mode, ViewFile, check_page_size, kernel_page_size};
-use crate::claim::{Claim, Claims};
-
 use crate::error::{Error, Result};
+use crate::exclusion::claims::{Claim, Claims};
 use crate::listener::{Level, Listener, Told};
 use crate::owner::Owner;
-use crate::state::{PageState, View};
-use crate::window::{Window, WindowTable};
-use crate::worker::{self, Backends, Worker};
+use crate::pages::ranges::{FilePages, GuestPages, PAGE_SIZE};
+use crate::pages::states::{PageState, View};
+use crate::views::{Backing, KernelFile, Mode, ViewFile};
+use crate::vm::worker::{Backends, Worker};
+use crate::windows::{Window, WindowTable};
 
 /// A VM with backends. All functions may be called from any thread.
 ///
 /// Locks are held for lookups only, never across a system call; what keeps a range of pages stable
-/// while the kernel works is a [claim](crate::claim).
+/// while the kernel works is a [claim](crate::exclusion::claims).
 pub struct Vm {
     owner: RwLock<Arc<dyn Owner>>,
     pub(crate) windows: RwLock<WindowTable>,
@@ -387,4 +393,36 @@ fn create_private_file(owner: &dyn Owner, config: &BackendConfig) -> Result<Arc<
             size: config.size,
             source,
         })
+}
+
+/// States are kept for pages of [`PAGE_SIZE`], which must be the kernel's: it punches and converts no
+/// smaller ones. On arm64 it may have larger pages.
+fn check_page_size(bytes: u64) -> Result<()> {
+    if bytes == PAGE_SIZE {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        wanted: format!("pages of {PAGE_SIZE} bytes"),
+        found: format!("this kernel's have {bytes}; use one that was built with pages of 4 KiB"),
+    })
+}
+
+/// Of the running kernel, in bytes.
+fn kernel_page_size() -> u64 {
+    let size = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    // Linux always tells.
+    size.and_then(|size| size.try_into().ok())
+        .unwrap_or(PAGE_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_with_larger_pages_is_refused() {
+        check_page_size(kernel_page_size()).unwrap();
+        let error = check_page_size(64 << 10).unwrap_err();
+        assert!(error.to_string().contains("65536"), "{error}");
+    }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::ops::Bound;
 
-use crate::addr::{PAGE_SIZE, Pages};
+use crate::pages::ranges::{PAGE_SIZE, Pages};
 
 /// A set of pages, kept as disjoint ranges that do not touch.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ impl<S: Copy> PageSet<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::FilePages;
+    use crate::pages::ranges::FilePages;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 

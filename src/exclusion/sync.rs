@@ -3,6 +3,11 @@
 //! The locks that claims are made of: parking_lot's, or, with the feature `shuttle`, ones whose
 //! schedules a test explores.
 
+use std::time::Duration;
+
+/// How often a waiting thread asks whether it is to give up.
+pub(crate) const ASK_INTERVAL: Duration = Duration::from_millis(10);
+
 #[cfg(not(feature = "shuttle"))]
 pub(crate) use parking_lot::{Condvar, Mutex};
 #[cfg(not(feature = "shuttle"))]

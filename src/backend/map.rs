@@ -2,9 +2,12 @@
 
 //! Pictures of a backend: which of its pages are in which state.
 
-use crate::addr::FilePages;
+use std::sync::atomic::Ordering;
+
 use crate::backend::Backend;
-use crate::state::PageState;
+use crate::backend::stats::BackendStats;
+use crate::pages::ranges::{FilePages, PAGE_SIZE};
+use crate::pages::states::{PageState, View};
 
 /// How many pages are looked at, and how many runs are taken, before conversions get their turn.
 const PAGES_AT_ONCE: u64 = 1 << 20;
@@ -50,5 +53,29 @@ impl Backend {
             }
         }
         StateMap { runs, rest }
+    }
+}
+
+impl Backend {
+    /// Starts to measure how long conversions take.
+    pub fn watch_latency(&self) {
+        let watched = &self.counters.latencies.watched;
+        watched.store(true, Ordering::Relaxed);
+    }
+
+    /// Bytes per state and counters.
+    pub fn stats(&self) -> BackendStats {
+        let state_bytes = {
+            let states = self.states.lock();
+            PageState::ALL.map(|state| states.count(state) * PAGE_SIZE)
+        };
+        BackendStats {
+            state_bytes,
+            // A file that cannot be asked is shown as empty: a query must not fail for it.
+            shared_allocated: self.backing().file(View::Shared).allocated().unwrap_or(0),
+            pinned: self.pins.bytes(),
+            unpunched: self.unpunched_bytes(),
+            ..self.counters.read()
+        }
     }
 }

@@ -90,7 +90,7 @@ impl<T> fmt::Debug for Zeroed<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mapped_file::pages_in_memory;
+    use crate::views::mapped::pages_in_memory;
 
     #[test]
     fn all_values_are_zero_and_can_be_written() {

@@ -16,11 +16,11 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, SigmaskHow};
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use crate::addr::{FilePages, PAGE_SIZE};
-use crate::backend::{Backend, BackendId};
-use crate::claim::Claims;
+use crate::backend::{Backend, BackendId, Queued};
 use crate::error::Result;
-use crate::state::View;
+use crate::exclusion::claims::Claims;
+use crate::pages::ranges::{FilePages, PAGE_SIZE};
+use crate::pages::states::View;
 
 /// How long a hole waits for neighbours.
 const COLLECT: Duration = Duration::from_millis(20);
@@ -30,19 +30,6 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// Pages that are punched under one claim: a conversion waits for no more.
 const STEP: u64 = (2 << 20) / PAGE_SIZE;
-
-/// What became of a hole that was to be queued.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Queued {
-    /// It is the only one.
-    First,
-    /// There were some.
-    More,
-    /// There were some, and now it is high time.
-    Much,
-    /// It was not queued: there are too many.
-    Full,
-}
 
 pub(crate) type Backends = RwLock<BTreeMap<BackendId, Arc<Backend>>>;
 

@@ -10,51 +10,15 @@
 //! the rest of a range is counted page by page, so that a ring does not hold up conversions next to
 //! it. Counters of pages cost memory only where pages are pinned.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::addr::{FilePages, PAGE_SIZE};
-use crate::claim::ASK_INTERVAL;
-use crate::zeroed::Zeroed;
-
-/// Pages of a chunk: 4 MiB.
-const CHUNK: u64 = 1024;
-
-/// A range's part of a chunk.
-#[derive(Clone, Copy)]
-struct Part {
-    chunk: usize,
-    pages: FilePages,
-}
-
-impl Part {
-    /// The parts that make up a range.
-    fn of(pages: FilePages) -> impl Iterator<Item = Part> + Clone {
-        (pages.start() / CHUNK..pages.end().div_ceil(CHUNK)).filter_map(move |chunk| {
-            let whole = FilePages::new(chunk * CHUNK, (chunk + 1) * CHUNK)?;
-            Some(Part {
-                chunk: chunk as usize,
-                pages: whole.intersection(pages)?,
-            })
-        })
-    }
-
-    /// The part that a range is, if it lies in one chunk. Nearly all do.
-    fn only(pages: FilePages) -> Option<Part> {
-        let chunk = pages.start() / CHUNK;
-        (pages.end() <= (chunk + 1) * CHUNK).then_some(Part {
-            chunk: chunk as usize,
-            pages,
-        })
-    }
-
-    fn is_whole(self) -> bool {
-        self.pages.count() == CHUNK
-    }
-}
+use crate::exclusion::sync::ASK_INTERVAL;
+use crate::pages::closed::{CHUNK, Closed, Part};
+use crate::pages::ranges::{FilePages, PAGE_SIZE};
+use crate::pages::zeroed::Zeroed;
 
 /// Takes a pin from a chunk's. False if there is none.
 #[inline]
@@ -68,40 +32,6 @@ fn take_pin(pins: &AtomicU64) -> bool {
 fn take_page(pins: &AtomicU32) -> bool {
     pins.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1))
         .is_ok()
-}
-
-/// How many pages of each chunk the host may not use.
-#[derive(Clone, Debug)]
-pub(crate) struct Closed(Arc<Zeroed<AtomicU32>>);
-
-impl Closed {
-    /// For a number of pages that are all open. `None` if there is no memory.
-    pub(crate) fn new(pages: u64) -> Option<Self> {
-        Some(Self(Arc::new(Zeroed::new(pages.div_ceil(CHUNK))?)))
-    }
-
-    /// The host may not use these pages any more.
-    pub(crate) fn close(&self, pages: FilePages) {
-        for part in Part::of(pages) {
-            self.0[part.chunk].fetch_add(part.pages.count() as u32, SeqCst);
-        }
-    }
-
-    /// The host may use these pages again.
-    pub(crate) fn open(&self, pages: FilePages) {
-        for part in Part::of(pages) {
-            self.0[part.chunk].fetch_sub(part.pages.count() as u32, SeqCst);
-        }
-    }
-
-    /// Are all pages of the chunks that these lie in open?
-    pub(crate) fn none_near(&self, pages: FilePages) -> bool {
-        let is_open = |part: Part| self.0[part.chunk].load(SeqCst) == 0;
-        match Part::only(pages) {
-            Some(part) => is_open(part),
-            None => Part::of(pages).all(is_open),
-        }
-    }
 }
 
 /// How a wait for pins has ended.
@@ -158,7 +88,7 @@ impl Pins {
         let Some((page, chunk)) = self.one(offset, bytes) else {
             return false;
         };
-        let (Some(parts), Some(closed)) = (self.parts.get(chunk), closed.0.get(chunk)) else {
+        let (Some(parts), Some(closed)) = (self.parts.get(chunk), closed.chunk(chunk)) else {
             return false;
         };
         if closed.load(SeqCst) != 0 {

@@ -6,15 +6,10 @@
 //! each other. Disjoint claims do not meet. Overlapping ones are granted in the order in which they
 //! came, so a claim on much memory is not overtaken for ever by claims on parts of it.
 
-use std::time::Duration;
-
-use crate::addr::FilePages;
-use crate::backend::BackendId;
-use crate::sync::thread::{self, ThreadId};
-use crate::sync::{Condvar, Mutex};
-
-/// How often a waiting thread asks whether it is to give up.
-pub(crate) const ASK_INTERVAL: Duration = Duration::from_millis(10);
+use crate::exclusion::sync::thread::{self, ThreadId};
+use crate::exclusion::sync::{ASK_INTERVAL, Condvar, Mutex};
+use crate::pages::ranges::BackendId;
+use crate::pages::ranges::FilePages;
 
 /// The wait for a claim was interrupted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +166,7 @@ impl Drop for Claim<'_> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::time::Duration;
 
     const RAM: BackendId = BackendId(0);
 

@@ -5,9 +5,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::addr::PAGE_SIZE;
-use crate::backend::Backend;
-use crate::state::{PageState, View};
+use crate::pages::ranges::PAGE_SIZE;
+use crate::pages::states::View;
 
 /// One for each direction.
 #[derive(Debug, Default)]
@@ -45,6 +44,29 @@ pub(crate) struct Counters {
     pub(crate) latencies: Latencies,
 }
 
+impl Counters {
+    /// What is counted here; the rest is the backend's.
+    pub(crate) fn read(&self) -> BackendStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        BackendStats {
+            conversions_to_shared: get(&self.conversions.shared),
+            conversions_to_private: get(&self.conversions.private),
+            converted_to_shared: get(&self.converted_pages.shared) * PAGE_SIZE,
+            converted_to_private: get(&self.converted_pages.private) * PAGE_SIZE,
+            converted_along: get(&self.pages_along) * PAGE_SIZE,
+            faults_shared: get(&self.faults.shared),
+            faults_private: get(&self.faults.private),
+            hypercalls: get(&self.hypercalls),
+            refused: get(&self.refused),
+            waits: get(&self.waits),
+            strays: get(&self.strays),
+            latency_to_shared: self.latencies.read(View::Shared),
+            latency_to_private: self.latencies.read(View::Private),
+            ..BackendStats::default()
+        }
+    }
+}
+
 /// Number of a histogram's buckets.
 pub const LATENCY_BUCKETS: usize = 24;
 
@@ -57,7 +79,7 @@ type Buckets = [AtomicU64; LATENCY_BUCKETS];
 /// How long conversions take, from when somebody wanted to know: nobody else pays for clocks.
 #[derive(Debug, Default)]
 pub(crate) struct Latencies {
-    watched: AtomicBool,
+    pub(crate) watched: AtomicBool,
     counts: ByView<Buckets>,
 }
 
@@ -89,7 +111,7 @@ fn bucket(time: Duration) -> usize {
 /// What a backend holds and has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendStats {
-    /// Bytes in each state, in the order of [`PageState::ALL`].
+    /// Bytes in each state, in the order of `PageState::ALL`.
     pub state_bytes: [u64; 4],
     /// Bytes of the shared file that the kernel has allocated.
     pub shared_allocated: u64,
@@ -120,48 +142,10 @@ pub struct BackendStats {
     /// Bytes whose hole is still to be punched.
     pub unpunched: u64,
     /// How long requests that moved pages to the shared view have taken since
-    /// [`Backend::watch_latency`].
+    /// `Backend::watch_latency`.
     pub latency_to_shared: Latency,
     /// The same for the private view.
     pub latency_to_private: Latency,
-}
-
-impl Backend {
-    /// Starts to measure how long conversions take.
-    pub fn watch_latency(&self) {
-        let watched = &self.counters.latencies.watched;
-        watched.store(true, Ordering::Relaxed);
-    }
-
-    /// Bytes per state and counters.
-    pub fn stats(&self) -> BackendStats {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.counters;
-        let state_bytes = {
-            let states = self.states.lock();
-            PageState::ALL.map(|state| states.count(state) * PAGE_SIZE)
-        };
-        BackendStats {
-            state_bytes,
-            // A file that cannot be asked is shown as empty: a query must not fail for it.
-            shared_allocated: self.backing().file(View::Shared).allocated().unwrap_or(0),
-            conversions_to_shared: get(&counters.conversions.shared),
-            conversions_to_private: get(&counters.conversions.private),
-            converted_to_shared: get(&counters.converted_pages.shared) * PAGE_SIZE,
-            converted_to_private: get(&counters.converted_pages.private) * PAGE_SIZE,
-            converted_along: get(&counters.pages_along) * PAGE_SIZE,
-            faults_shared: get(&counters.faults.shared),
-            faults_private: get(&counters.faults.private),
-            hypercalls: get(&counters.hypercalls),
-            refused: get(&counters.refused),
-            waits: get(&counters.waits),
-            strays: get(&counters.strays),
-            pinned: self.pins.bytes(),
-            unpunched: self.unpunched_bytes(),
-            latency_to_shared: counters.latencies.read(View::Shared),
-            latency_to_private: counters.latencies.read(View::Private),
-        }
-    }
 }
 
 #[cfg(test)]

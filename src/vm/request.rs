@@ -7,14 +7,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::addr::GuestPages;
 use crate::backend::Backend;
-use crate::convert::Neighbours;
+use crate::backend::stats::{Counters, Latencies};
 use crate::error::{Error, Result};
-use crate::state::View;
-use crate::stats::{Counters, Latencies};
+use crate::pages::ranges::GuestPages;
+use crate::pages::states::View;
 use crate::vm::Vm;
-use crate::window::Part;
+use crate::vm::convert::Neighbours;
+use crate::windows::Part;
 
 /// `KVM_MAP_GPA_RANGE_ENCRYPTED` of `arch/x86/include/uapi/asm/kvm_para.h`.
 const MAP_GPA_RANGE_ENCRYPTED: u64 = 1 << 4;

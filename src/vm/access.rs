@@ -6,12 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::addr::{Few, GuestPages, PAGE_SIZE, RangeError};
 use crate::backend::Backend;
-use crate::claim::Claim;
 use crate::error::{Error, Result};
+use crate::exclusion::claims::Claim;
+use crate::pages::ranges::{Few, GuestPages, PAGE_SIZE, RangeError};
 use crate::vm::Vm;
-use crate::window::{Part, Window};
+use crate::windows::{Part, Window};
 
 /// An access that has been checked. Its pages stay as they are while this lives.
 struct Access<'a> {

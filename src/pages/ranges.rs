@@ -16,6 +16,10 @@ const PAGE_SHIFT: u32 = 12;
 /// Page numbers lie below this: byte addresses are 64 bits wide.
 const PAGE_LIMIT: u64 = 1 << (64 - PAGE_SHIFT);
 
+/// Which backend of its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackendId(pub u32);
+
 /// Guest physical space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum GuestSpace {}

@@ -11,9 +11,9 @@
 
 use bitvec::prelude::*;
 
-use crate::addr::FilePages;
-use crate::pins::Closed;
-use crate::zeroed::Zeroed;
+use crate::pages::closed::Closed;
+use crate::pages::ranges::FilePages;
+use crate::pages::zeroed::Zeroed;
 
 /// One of the two views of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

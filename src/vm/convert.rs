@@ -12,18 +12,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use crate::addr::{Few, FilePages, GuestPages};
-use crate::backend::{Backend, BackendId, Discard};
-use crate::backing::Mode;
-use crate::claim::Claim;
+use crate::backend::{Backend, BackendId, Discard, Queued};
 use crate::error::{Error, Result};
+use crate::exclusion::claims::Claim;
+use crate::exclusion::pins::Waited;
 use crate::listener::{Level, Told};
-use crate::moves::{Moves, Run};
-use crate::pins::Waited;
-use crate::state::{PageState, View};
+use crate::pages::ranges::{Few, FilePages, GuestPages};
+use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::Vm;
-use crate::window::{Layout, Part, Window};
-use crate::worker::Queued;
+use crate::vm::moves::{Moves, Run};
+use crate::windows::{Layout, Part, Window};
 
 /// What becomes of undecided pages next to those that are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,10 +5,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::addr::{Few, FilePages, FileSpace, PAGE_SIZE};
 use crate::backend::Backend;
-use crate::page_set::PageSet;
-use crate::state::{PageState, View};
+use crate::pages::ranges::{Few, FilePages, FileSpace, PAGE_SIZE};
+use crate::pages::set::PageSet;
+use crate::pages::states::{PageState, View};
 
 /// Pages of one backend that system calls treat alike.
 #[derive(Clone, Copy, Debug)]

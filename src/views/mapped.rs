@@ -11,8 +11,8 @@ use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
-use crate::addr::{FilePages, PAGE_SIZE};
-use crate::backing::{KernelFile, ViewFile};
+use crate::pages::ranges::{FilePages, PAGE_SIZE};
+use crate::views::{KernelFile, ViewFile};
 
 const PAGE: usize = PAGE_SIZE as usize;
 

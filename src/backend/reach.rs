@@ -6,7 +6,7 @@
 //! decides the whole aligned chunk around it, so that the neighbours cost no exit of their own. The
 //! chunk doubles while touches go on where the last one ended.
 
-use crate::addr::{FilePages, PAGE_SIZE};
+use crate::pages::ranges::{FilePages, PAGE_SIZE};
 
 /// The chunk that is taken unless a user says otherwise, in bytes: what a large page covers.
 pub const DEFAULT_CHUNK: u64 = 2 << 20;

@@ -11,6 +11,8 @@
 //! It takes no lock for that but those of lookups, and never waits for a claim: a conversion that holds
 //! one may be waiting for the guard, in a listener that touches the memory.
 
+mod userfault;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,15 +23,16 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::addr::FilePages;
 use crate::backend::{Backend, Discard};
-use crate::backing::Mode;
 use crate::error::{Error, Result};
+use crate::guard::userfault::{Fault, Userfault};
 use crate::listener::Level;
-use crate::state::{PageState, View};
-use crate::userfault::{Fault, Userfault};
+pub use crate::listener::Stray;
+use crate::pages::ranges::FilePages;
+use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::Vm;
-use crate::worker;
+use crate::vm::worker;
 
 /// How long a thread has to make the access that it was caught in, before the page is given back.
 const GIVE_BACK: Duration = Duration::from_millis(100);
@@ -45,18 +48,6 @@ const FAULTS: usize = 256;
 
 /// How long to wait before a fault that could not be served comes again.
 const PAUSE: Duration = Duration::from_millis(1);
-
-/// An access to private pages that went around every check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stray {
-    /// What was accessed. Of another process only the pages are known that it has left data in.
-    pub pages: FilePages,
-    /// Where the guest sees the first of them, if it does anywhere.
-    pub gpa: Option<u64>,
-    /// The kernel's id of the thread, which waits until the listener returns; `None` for another
-    /// process.
-    pub thread: Option<u32>,
-}
 
 /// A running guard; it ends when this is dropped.
 #[derive(Debug)]

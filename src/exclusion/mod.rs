@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Who may touch a page: claims for those who convert it, pins for the host that uses it.
+
+pub mod claims;
+pub(crate) mod pins;
+pub(crate) mod sync;

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+
+//! Pages: ranges of them, sets of them, and the state of each. Pure: no lock, no system call but the
+//! mapping that a bitmap lives in.
+
+pub(crate) mod closed;
+pub mod ranges;
+pub mod set;
+pub mod states;
+pub(crate) mod zeroed;
