@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * Guest memory in KVM guest_memfd, for QEMU and other programs in C.
  *
@@ -23,18 +23,17 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 7
-
-/**
- * A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
- * cannot carry a guest_memfd.
- */
-#define GUESTMEMFD_WINDOW_UNBINDABLE 1
+#define GUESTMEMFD_ABI 8
 
 /**
  * Elements of the histograms of guestmemfd_stats.
  */
 #define GUESTMEMFD_LATENCY_BUCKETS 24
+
+/**
+ * One of the two views of a page.
+ */
+typedef struct View View;
 
 /**
  * Guest memory of one size: one object of QEMU's.
@@ -115,7 +114,7 @@ typedef struct guestmemfd_backend_config {
      */
     uint32_t convert_timeout;
     /**
-     * Passed to guestmemfd_callbacks.populate, discard and stray.
+     * Passed to guestmemfd_callbacks.map, unmap, revoke and stray.
      */
     void *opaque;
 } guestmemfd_backend_config;
@@ -180,9 +179,9 @@ typedef struct guestmemfd_stats {
      */
     uint64_t converted_to_shared_bytes;
     /**
-     * Bytes that lazy attributes made private along with others that were asked for.
+     * Bytes that lazy attributes made private as neighbours of what was touched.
      */
-    uint64_t converted_along_bytes;
+    uint64_t converted_neighbour_bytes;
     /**
      * Requests by hypercall, refused ones too.
      */
@@ -212,9 +211,10 @@ typedef struct guestmemfd_stats {
      */
     uint64_t pinned_bytes;
     /**
-     * Bytes whose hole is still to be punched.
+     * Bytes whose hole the kernel has refused to punch, and that is punched before they are exposed
+     * again.
      */
-    uint64_t unpunched_bytes;
+    uint64_t owed_hole_bytes;
     /**
      * How the backend keeps its pages; never GUESTMEMFD_MODE_AUTO.
      */
@@ -263,6 +263,11 @@ typedef struct guestmemfd_run {
 } guestmemfd_run;
 
 /**
+ * One of the two views of a page: one of GUESTMEMFD_VIEW_*.
+ */
+typedef uint32_t guestmemfd_view;
+
+/**
  * An access to private bytes that a guard has caught.
  */
 typedef struct guestmemfd_stray {
@@ -285,23 +290,27 @@ typedef struct guestmemfd_stray {
 } guestmemfd_stray;
 
 /**
- * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
- * the thread that entered the library, but for stray, and for log with what a guard has to say; every
- * one but `gap` may be NULL. None may ask for a conversion, a discard or a change of windows.
+ * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). Every one but `gap`
+ * may be NULL.
  *
- * begin and end bracket every conversion and discard. begin comes before any claim is taken, so it
- * is the place for a lock that populate and discard need (in QEMU, the BQL): a thread that holds
- * such a lock may itself wait for a claim. Between the two, nobody may start to depend on populate
- * and discard who did not when begin answered.
+ * All are called from the thread that entered the library, but for stray, and for log with what a
+ * guard has to say. None may ask for a conversion, free pages or change the windows: that fails with
+ * -EDEADLK. Pins and questions are allowed, but not of bytes that another request may be moving,
+ * which would wait for it.
+ *
+ * begin and end bracket every step of a conversion, and of what frees pages. begin comes before any
+ * claim is taken, so it is the place for a lock that map and unmap need (in QEMU, the BQL): a thread
+ * that holds such a lock may itself wait for a claim. Register those who are told by map and unmap
+ * before begin answers: one that comes later is not told of this step.
  */
 typedef struct guestmemfd_callbacks {
     /**
-     * Passed to all but populate, discard and stray.
+     * Passed to all but map, unmap, revoke and stray.
      */
     void *opaque;
     /**
-     * A request begins. Are populate and discard to be called in it? If so, a private touch decides its
-     * own page alone even with lazy attributes: the bytes around it may be in use.
+     * A step begins. Are map and unmap to be called in it? If so, a private touch decides its own page
+     * alone even with lazy attributes: the bytes around it may be in use.
      */
     bool (*begin)(void *opaque);
     /**
@@ -311,11 +320,17 @@ typedef struct guestmemfd_callbacks {
     /**
      * The host can use the bytes from now on; 0, or -errno to leave them private.
      */
-    int32_t (*populate)(void *backend_opaque, uint64_t offset, uint64_t size);
+    int32_t (*map)(void *backend_opaque, uint64_t offset, uint64_t size);
     /**
      * The bytes are about to become private: let go of them.
      */
-    void (*discard)(void *backend_opaque, uint64_t offset, uint64_t size);
+    void (*unmap)(void *backend_opaque, uint64_t offset, uint64_t size);
+    /**
+     * The bytes are to become private, and some are pinned. Whoever can do without lets go of its pins
+     * now, or soon: the request waits for those that stay. Called with no claim held, and not between
+     * begin and end.
+     */
+    void (*revoke)(void *backend_opaque, uint64_t offset, uint64_t size);
     /**
      * A hypercall has made the range private, and guestmemfd_backend_config.prefault asks that it
      * be allocated now. Called after end, by the thread that serves the hypercall.
@@ -324,17 +339,17 @@ typedef struct guestmemfd_callbacks {
     /**
      * May a part of a request that no backend owns take part in it? 0, or -errno to refuse.
      */
-    int32_t (*gap)(void *opaque, uint64_t gpa, uint64_t size, bool to_private);
+    int32_t (*gap)(void *opaque, uint64_t gpa, uint64_t size, guestmemfd_view to);
     /**
-     * The kernel, pins or a refusing populate kept a request of the guest's from being served. Nothing
-     * has changed. Called after end; a guest can cause it as often as it likes. `id` is that of the
-     * backend that the range begins in, or NULL.
+     * The kernel, pins or a refusing map kept a request of the guest's from being served. Earlier steps
+     * of it have taken effect. Called after end; a guest can cause it as often as it likes. `id` is that
+     * of the backend that the range begins in, or NULL.
      */
     void (*failed)(void *opaque,
                    const char *id,
                    uint64_t gpa,
                    uint64_t size,
-                   bool to_private,
+                   guestmemfd_view to,
                    const char *message);
     /**
      * A guard has caught an access to private bytes. Called from a thread of the library's while the
@@ -343,7 +358,7 @@ typedef struct guestmemfd_callbacks {
      */
     void (*stray)(void *backend_opaque, const struct guestmemfd_stray *stray);
     /**
-     * Should a thread that waits for a claim give up (-EINTR)?
+     * Should a thread that waits, or has a part of a request still to do, give up (-EINTR)?
      */
     bool (*interrupted)(void *opaque);
     /**
@@ -351,6 +366,32 @@ typedef struct guestmemfd_callbacks {
      */
     void (*log)(void *opaque, uint32_t level, const char *message);
 } guestmemfd_callbacks;
+
+/**
+ * Which views can appear in a window: one of GUESTMEMFD_BINDING_*.
+ */
+typedef uint32_t guestmemfd_binding;
+
+/**
+ * Host and guest use it.
+ */
+#define GUESTMEMFD_VIEW_SHARED 0
+
+/**
+ * Only the guest does.
+ */
+#define GUESTMEMFD_VIEW_PRIVATE 1
+
+/**
+ * The shared view alone: its KVM slot does not carry the guest_memfd. So it must be where the section
+ * is read-only or dirty-logged.
+ */
+#define GUESTMEMFD_BINDING_UNBOUND 0
+
+/**
+ * Both: its KVM slot carries the guest_memfd.
+ */
+#define GUESTMEMFD_BINDING_BOUND 1
 
 /**
  * The library chooses.
@@ -376,11 +417,6 @@ typedef struct guestmemfd_callbacks {
  * It is not freed.
  */
 #define GUESTMEMFD_DISCARD_KEEP 1
-
-/**
- * Its hole is punched with others next to it, by a thread of the library.
- */
-#define GUESTMEMFD_DISCARD_COALESCED 2
 
 /**
  * Yes, unless pages start private.
@@ -434,6 +470,8 @@ typedef struct guestmemfd_callbacks {
 
 
 
+
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -447,42 +485,52 @@ int32_t guestmemfd_backend_new(struct guestmemfd_vm *vm,
                                struct guestmemfd_error *error);
 
 /**
- * Frees a backend, whose windows must have been removed. NULL is allowed.
+ * Frees a backend, whose windows must have been removed, and closes its files. No other call with this
+ * backend may be under way, and none may follow. NULL is allowed.
  */
 void guestmemfd_backend_free(struct guestmemfd_backend *backend);
 
 /**
  * The guest_memfd for the KVM slots of bound windows; -1 for a backend that has none
- * (GUESTMEMFD_MODE_MAPPED without bind). Borrowed: duplicate it to keep it.
+ * (GUESTMEMFD_MODE_MAPPED without bind). Borrowed: guestmemfd_vm_rebind() and
+ * guestmemfd_backend_free() close it. Duplicate it to keep it.
  */
 int32_t guestmemfd_backend_private_fd(const struct guestmemfd_backend *backend);
 
 /**
- * The file that the host maps. Borrowed: duplicate it to keep it.
+ * The file that the host maps. Borrowed: guestmemfd_backend_free() closes it. Duplicate it to keep it.
  */
 int32_t guestmemfd_backend_shared_fd(const struct guestmemfd_backend *backend);
 
 /**
  * Frees both views of some pages; they become undecided. Those of GUESTMEMFD_MODE_MAPPED are freed
- * and stay shared.
+ * and stay shared. In steps of at most 1 GiB; on an error those before have been done.
  */
-int32_t guestmemfd_backend_discard(struct guestmemfd_backend *backend,
-                                   uint64_t offset,
-                                   uint64_t size,
-                                   struct guestmemfd_error *error);
+int32_t guestmemfd_backend_free_pages(struct guestmemfd_backend *backend,
+                                      uint64_t offset,
+                                      uint64_t size,
+                                      struct guestmemfd_error *error);
 
 /**
- * May the host use all of these bytes (QEMU's RamDiscardSource)? Waits for conversions of them that
- * other threads have under way. No alignment is needed.
+ * Frees all that is private; those pages become undecided, and what is shared stays: for a reset of a
+ * guest that does not run. Takes the kernel seconds for tens of gigabytes, in steps between which
+ * others get their turn, so call it from a thread that may take them.
  */
-bool guestmemfd_backend_is_populated(const struct guestmemfd_backend *backend,
+int32_t guestmemfd_backend_free_private(struct guestmemfd_backend *backend,
+                                        struct guestmemfd_error *error);
+
+/**
+ * May the host use all of these bytes (QEMU's RamDiscardSource calls them populated)? Waits for steps
+ * of conversions of them that other threads are in. No alignment is needed.
+ */
+bool guestmemfd_backend_host_may_use(const struct guestmemfd_backend *backend,
                                      uint64_t offset,
                                      uint64_t size);
 
 /**
  * Lets the host use these bytes until guestmemfd_backend_unpin(): none of their pages becomes
- * private meanwhile. -EACCES if one is private. Waits for conversions of them that other threads have
- * under way, but for nothing else. No alignment is needed.
+ * private meanwhile. -EACCES if one is private. Waits for steps of conversions of them that other
+ * threads are in, but for nothing else. No alignment is needed.
  */
 int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
                                uint64_t offset,
@@ -501,7 +549,7 @@ int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
 /**
  * Guards private bytes, until the backend is freed, against accesses that go around every check:
  * guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
- * file. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
+ * file, and keeps it mapped until the backend is freed. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
  * and without userfaultfd.
  *
  * A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
@@ -562,7 +610,8 @@ int32_t guestmemfd_vm_new_software(uint32_t abi,
                                    struct guestmemfd_error *error);
 
 /**
- * Frees a VM. Its backends must have been freed. NULL is allowed.
+ * Frees a VM. Its backends must have been freed. No other call with it may be under way, and none may
+ * follow. NULL is allowed.
  */
 void guestmemfd_vm_free(struct guestmemfd_vm *vm);
 
@@ -577,17 +626,18 @@ int32_t guestmemfd_vm_rebind(struct guestmemfd_vm *vm,
                              struct guestmemfd_error *error);
 
 /**
- * A KVM slot is about to be created over `size` bytes from `offset` of a backend. `*bound` tells
- * whether it is to carry the guest_memfd: yes, unless `flags` holds GUESTMEMFD_WINDOW_UNBINDABLE or
- * another window of these pages is bound. Attributes are brought in line with the pages' states.
+ * A KVM slot is about to be created over `size` bytes from `offset` of a backend. `*binding` tells
+ * whether it is to carry the guest_memfd: GUESTMEMFD_BINDING_BOUND if that is `wanted`, unless the
+ * backend forbids it or another window of these pages is bound. Attributes are brought in line with
+ * the pages' states.
  */
 int32_t guestmemfd_vm_add_window(struct guestmemfd_vm *vm,
                                  struct guestmemfd_backend *backend,
                                  uint64_t gpa,
                                  uint64_t offset,
                                  uint64_t size,
-                                 uint32_t flags,
-                                 bool *bound,
+                                 guestmemfd_binding wanted,
+                                 guestmemfd_binding *binding,
                                  struct guestmemfd_error *error);
 
 /**
@@ -606,12 +656,11 @@ int32_t guestmemfd_vm_commit_windows(struct guestmemfd_vm *vm,
                                      struct guestmemfd_error *error);
 
 /**
- * Punches every hole that is still owed, so that the memory which the kernel accounts is what the
- * states say: before a pause or a report that somebody compares. An error is the first; all are
- * tried.
+ * Tries again to punch every hole that the kernel has refused to punch, so that the memory which it
+ * accounts is what the states say. An error is the first; all are tried.
  */
-int32_t guestmemfd_vm_drain(const struct guestmemfd_vm *vm,
-                            struct guestmemfd_error *error);
+int32_t guestmemfd_vm_punch_owed(const struct guestmemfd_vm *vm,
+                                 struct guestmemfd_error *error);
 
 /**
  * Does any part of the range lie in a window? Any numbers are allowed.
@@ -622,19 +671,24 @@ bool guestmemfd_vm_owns(const struct guestmemfd_vm *vm,
 
 /**
  * Serves KVM_EXIT_MEMORY_FAULT with the numbers of the exit, for an address that
- * guestmemfd_vm_owns(). Whatever it returns, enter the guest again: on an error nothing has changed,
- * and the next fault asks for the same.
+ * guestmemfd_vm_owns(). `intent` is the view that the guest's access asks for: private if the exit's
+ * flags hold KVM_MEMORY_EXIT_FLAG_PRIVATE. Whatever it returns, enter the guest again: on an error
+ * the next fault asks for the same.
  */
 int32_t guestmemfd_vm_memory_fault(struct guestmemfd_vm *vm,
                                    uint64_t gpa,
                                    uint64_t size,
-                                   bool is_private,
+                                   guestmemfd_view intent,
                                    struct guestmemfd_error *error);
 
 /**
  * Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them; what
- * it returns is the answer to the guest. -EINTR only if the interrupted callback asked for it: then
- * call again, as the guest will not.
+ * it returns is the answer to the guest.
+ *
+ * All of the request is checked before anything moves. It is then carried out in steps of at most
+ * 1 GiB; after an error those before it have taken effect, and asked again they cost nothing. -EINTR
+ * only if the interrupted callback asked for it: then call again, as the guest will not. -EAGAIN only
+ * if the gap callback answered that.
  */
 int32_t guestmemfd_vm_map_gpa_range(struct guestmemfd_vm *vm,
                                     uint64_t gpa,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What can go wrong, with the values a reader of the message needs.
 
@@ -15,7 +15,11 @@ use crate::windows::Overlap;
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// An error of this library. [`Error::errno`] gives the number that C callers and guests get.
+///
+/// Where a request is carried out in several steps, those before the one that failed have taken
+/// effect.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// Numbers that are no range of pages.
     #[error(transparent)]
@@ -88,11 +92,31 @@ pub enum Error {
         pages: FilePages,
     },
 
-    /// A wait for other conversions was interrupted.
-    #[error("interrupted while waiting for another conversion of {guest}")]
+    /// The listener asked to give up. What has been done stays done; asked again, it costs nothing.
+    #[error("interrupted before all of {guest} was converted")]
     Interrupted {
         /// The request.
         guest: GuestPages,
+    },
+
+    /// A listener asked for something that would wait for the request that it was called in.
+    #[error("a callback cannot ask for a conversion, free pages or change the layout")]
+    InCallback,
+
+    /// A backend was used with a VM that it does not belong to.
+    #[error("backend '{backend}' belongs to another VM")]
+    OtherVm {
+        /// Name of the backend.
+        backend: String,
+    },
+
+    /// States that were to be restored are not those of this backend.
+    #[error("cannot restore the states of backend '{backend}': {found}")]
+    BadStates {
+        /// Name of the backend.
+        backend: String,
+        /// What is wrong.
+        found: String,
     },
 
     /// The hypervisor refused to set memory attributes.
@@ -237,9 +261,9 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The thread of `discard=coalesced` could not be started.
-    #[error("cannot start a thread for discards: {source}")]
-    Worker {
+    /// The thread of a stray guard could not be started.
+    #[error("cannot start a thread: {source}")]
+    Thread {
         /// Why not.
         source: io::Error,
     },
@@ -292,35 +316,51 @@ impl Error {
         )
     }
 
+    /// May a page that was decided along with another be the reason?
+    pub(crate) fn may_be_a_neighbours(&self) -> bool {
+        self.is_failure() && !matches!(self, Error::Pinned { .. })
+    }
+
     /// The error number, positive, as Linux defines it.
+    ///
+    /// `EINTR` means that the listener's `interrupted` asked to give up, and nothing else, and
+    /// `EAGAIN` comes of its `gap` alone: callers try again on these. Where the kernel or `map`
+    /// answers one of the two, it is `EIO`.
     pub fn errno(&self) -> i32 {
-        match self {
+        let errno = match self {
             Error::Range(_)
             | Error::UnknownAttributes { .. }
             | Error::Unbound { .. }
             | Error::NeverPrivate { .. }
             | Error::OutsideBackend { .. }
-            | Error::NotPinned { .. } => Errno::INVAL.raw_os_error(),
-            Error::NoBackend { .. } => Errno::FAULT.raw_os_error(),
-            Error::Interrupted { .. } => Errno::INTR.raw_os_error(),
-            Error::Gap { source, .. }
-            | Error::SetAttributes { source, .. }
+            | Error::OtherVm { .. }
+            | Error::BadStates { .. }
+            | Error::NotPinned { .. } => Errno::INVAL,
+            Error::NoBackend { .. } => Errno::FAULT,
+            Error::Interrupted { .. } => Errno::INTR,
+            Error::InCallback => Errno::DEADLK,
+            Error::Gap { source, .. } => {
+                return source.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
+            }
+            Error::SetAttributes { source, .. }
             | Error::Punch { source, .. }
             | Error::FindData { source, .. }
             | Error::Transfer { source, .. }
             | Error::Listener { source, .. }
             | Error::CreateFile { source, .. }
-            | Error::Worker { source }
-            | Error::Descriptor { source, .. } => {
-                source.raw_os_error().unwrap_or(Errno::IO.raw_os_error())
-            }
-            Error::NoMemory { .. } => Errno::NOMEM.raw_os_error(),
-            Error::DemandedMode { reason, .. } => reason.errno(),
-            Error::Unsupported { .. } | Error::NoMode { .. } => Errno::OPNOTSUPP.raw_os_error(),
-            Error::Overlap(_) => Errno::EXIST.raw_os_error(),
-            Error::NoWindow { .. } => Errno::NOENT.raw_os_error(),
-            Error::NotShared { .. } | Error::PrivateMemory { .. } => Errno::ACCESS.raw_os_error(),
-            Error::InUse { .. } | Error::Pinned { .. } => Errno::BUSY.raw_os_error(),
-        }
+            | Error::Thread { source }
+            | Error::Descriptor { source, .. } => match Errno::from_io_error(source) {
+                None | Some(Errno::INTR | Errno::AGAIN) => Errno::IO,
+                Some(errno) => errno,
+            },
+            Error::NoMemory { .. } => Errno::NOMEM,
+            Error::DemandedMode { reason, .. } => return reason.errno(),
+            Error::Unsupported { .. } | Error::NoMode { .. } => Errno::OPNOTSUPP,
+            Error::Overlap(_) => Errno::EXIST,
+            Error::NoWindow { .. } => Errno::NOENT,
+            Error::NotShared { .. } | Error::PrivateMemory { .. } => Errno::ACCESS,
+            Error::InUse { .. } | Error::Pinned { .. } => Errno::BUSY,
+        };
+        errno.raw_os_error()
     }
 }

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Guest memory in KVM guest_memfd: which page is private to the guest, which is shared with the
 //! host, and moving pages between the two.
@@ -31,10 +31,12 @@ pub use backend::map::StateMap;
 pub use backend::stats::BackendStats;
 pub use backend::{Backend, BackendConfig, Discard, Prefault};
 pub use error::{Error, Result};
-pub use guard::Guard;
+pub use guard::StrayGuard;
 pub use listener::{Listener, Stray};
 pub use owner::Owner;
 pub use pages::ranges::{FilePages, GuestPages, PAGE_SIZE};
 pub use pages::states::{PageState, View};
-pub use views::{Backing, Mode, ViewFile};
+pub use views::{Mode, ViewFile, Views};
 pub use vm::Vm;
+pub use vm::access::Pin;
+pub use windows::Binding;

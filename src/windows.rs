@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Windows: where pages of backends appear in guest physical space. Pure functions over lists; no
 //! system call, no lock.
@@ -8,9 +8,17 @@
 //! KVM slot carries the guest_memfd, so the private view can be seen through it. The others show
 //! the shared view only.
 
-use crate::pages::ranges::BackendId;
-use crate::pages::ranges::{Few, FilePages, GuestPages};
+use crate::pages::ranges::{BackendId, FilePages, GuestPages, SmallList};
 use crate::pages::states::View;
+
+/// Which views can appear in a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binding {
+    /// Its KVM slot carries the guest_memfd: both views.
+    Bound,
+    /// The slot does not: the shared view alone.
+    Unbound,
+}
 
 /// A range of a backend in guest physical space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +29,8 @@ pub struct Window {
     pub backend: BackendId,
     /// Which pages; as many as in `guest`.
     pub file: FilePages,
-    /// Does the KVM slot carry the guest_memfd?
-    pub bound: bool,
+    /// Which views can appear in it.
+    pub binding: Binding,
 }
 
 impl Window {
@@ -32,15 +40,20 @@ impl Window {
         guest: GuestPages,
         backend: BackendId,
         file_start: u64,
-        bound: bool,
+        binding: Binding,
     ) -> Option<Self> {
         let file = guest.translate(guest.start(), file_start)?;
         Some(Self {
             guest,
             backend,
             file,
-            bound,
+            binding,
         })
+    }
+
+    /// Can the private view appear in it?
+    pub fn is_bound(&self) -> bool {
+        self.binding == Binding::Bound
     }
 
     /// The part of the window inside a range of guest physical space.
@@ -52,6 +65,19 @@ impl Window {
             file,
             ..*self
         })
+    }
+
+    /// The first pages of the window, at most `count`; `None` if that is 0.
+    pub(crate) fn first(&self, count: u64) -> Option<Self> {
+        self.clip(GuestPages::new(
+            self.guest.start(),
+            self.guest.start().saturating_add(count),
+        )?)
+    }
+
+    /// Where pages that the window shows appear.
+    pub(crate) fn guest_at(&self, file: FilePages) -> Option<GuestPages> {
+        self.guest_of(self.backend, file)
     }
 
     /// Where these pages of the backend appear in this window.
@@ -79,6 +105,24 @@ pub enum Part {
     Window(Window),
     /// Nothing of ours.
     Gap(GuestPages),
+}
+
+impl Part {
+    /// The window, if it is one.
+    pub fn window(&self) -> Option<&Window> {
+        match self {
+            Part::Window(window) => Some(window),
+            Part::Gap(_) => None,
+        }
+    }
+
+    /// The gap, if it is one.
+    pub fn gap(&self) -> Option<GuestPages> {
+        match self {
+            Part::Window(_) => None,
+            Part::Gap(guest) => Some(*guest),
+        }
+    }
 }
 
 /// A window where there is one already.
@@ -145,7 +189,7 @@ impl WindowTable {
     pub fn is_bound(&self, backend: BackendId, file: FilePages) -> bool {
         self.windows
             .iter()
-            .any(|w| w.bound && w.guest_of(backend, file).is_some())
+            .any(|w| w.is_bound() && w.guest_of(backend, file).is_some())
     }
 
     /// Adds a window.
@@ -195,8 +239,8 @@ impl WindowTable {
     }
 
     /// Cuts a range of guest physical space along windows and gaps, in order.
-    pub fn resolve(&self, guest: GuestPages) -> Few<Part> {
-        let mut parts = Few::new();
+    pub fn resolve(&self, guest: GuestPages) -> SmallList<Part> {
+        let mut parts = SmallList::new();
         let mut next = guest.start();
         for window in self.overlapping(guest).iter().filter_map(|w| w.clip(guest)) {
             if let Some(gap) = GuestPages::new(next, window.guest.start()) {
@@ -215,18 +259,18 @@ impl WindowTable {
     pub fn around(&self, guest: GuestPages) -> Option<(Window, u64)> {
         let window = self.overlapping(guest).first()?;
         let part = window.clip(guest)?;
-        (window.bound && part.guest == guest).then_some((*window, part.file.start()))
+        (window.is_bound() && part.guest == guest).then_some((*window, part.file.start()))
     }
 
     /// Every place in guest physical space whose attributes follow these pages, stale ones too. In the
     /// order in which they are set to `to`: those where that view appears come last. If one cannot be
     /// set, no vCPU has used that view yet, and nothing is lost when the others are set back.
-    pub fn places(&self, backend: BackendId, file: FilePages, to: View) -> Few<GuestPages> {
+    pub fn places(&self, backend: BackendId, file: FilePages, to: View) -> SmallList<GuestPages> {
         let stale = self.stale.iter().map(|stale| &stale.window);
         let all = self.windows.iter().chain(stale);
-        let (mut places, mut others) = (Few::new(), 0);
+        let (mut places, mut others) = (SmallList::new(), 0);
         for (window, guest) in all.filter_map(|w| Some((w, w.guest_of(backend, file)?))) {
-            let shows_it = window.bound == (to == View::Private);
+            let shows_it = window.is_bound() == (to == View::Private);
             match shows_it {
                 true => places.push(guest),
                 false => {
@@ -310,7 +354,7 @@ mod tests {
     }
 
     fn window(start: u64, end: u64, backend: BackendId, file_start: u64) -> Window {
-        Window::new(guest(start, end), backend, file_start, true).unwrap()
+        Window::new(guest(start, end), backend, file_start, Binding::Bound).unwrap()
     }
 
     /// Two windows of one backend with a gap between, another backend behind, and an alias.
@@ -321,7 +365,7 @@ mod tests {
             window(0, 100, RAM, 0),
             window(200, 300, RAM, 100),
             Window {
-                bound: false,
+                binding: Binding::Unbound,
                 ..window(1000, 1100, RAM, 0)
             },
         ] {

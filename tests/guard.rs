@@ -52,21 +52,16 @@ struct Machine {
 
 /// The host's mapping of a backend's shared file.
 fn map(backend: &Backend) -> MmapRegion {
-    let file = backend
-        .backing()
-        .file(View::Shared)
-        .fd()
-        .try_clone_to_owned();
+    let file = backend.views().file(View::Shared).fd().try_clone_to_owned();
     let file = FileOffset::new(file.unwrap().into(), 0);
     MmapRegion::from_file(file, backend.config().size as usize).unwrap()
 }
 
 impl Machine {
     fn new(discard: Discard) -> Self {
-        Self::with(BackendConfig {
-            discard,
-            ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
-        })
+        let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+        config.discard = discard;
+        Self::with(config)
     }
 
     fn with(config: BackendConfig) -> Self {
@@ -75,7 +70,7 @@ impl Machine {
         let vm = Arc::new(Vm::new(owner, Box::new(Handle(caught.clone()))));
         let backend = vm.create_backend(config).unwrap();
         let all = GuestPages::from_bytes(GPA, PAGES * PAGE_SIZE).unwrap();
-        vm.add_window(&backend, all, 0, true).unwrap();
+        vm.add_window(&backend, all, 0, Binding::Bound).unwrap();
         let host = map(&backend);
         Self {
             vm,
@@ -85,9 +80,19 @@ impl Machine {
         }
     }
 
+    fn caught(&self) -> Vec<(FilePages, Option<u64>, Option<u32>)> {
+        let caught = self.caught.0.lock();
+        caught.iter().map(|s| (s.pages, s.gpa, s.thread)).collect()
+    }
+
+    fn guard_at(&self, address: usize) -> Result<StrayGuard> {
+        // SAFETY: the mapping lives as long as the machine; where there is none, the kernel refuses.
+        unsafe { self.vm.guard(&self.backend, address) }
+    }
+
     /// `None` where this user may not have one, which is said; elsewhere there must be one.
-    fn guard(&self) -> Option<Guard> {
-        match self.vm.guard(&self.backend, self.host.as_ptr().addr()) {
+    fn guard(&self) -> Option<StrayGuard> {
+        match self.guard_at(self.host.as_ptr().addr()) {
             Err(Error::Unsupported { found, .. }) if !rustix::process::geteuid().is_root() => {
                 eprintln!("skipped: {found}");
                 None
@@ -117,10 +122,14 @@ impl Machine {
     }
 
     fn holes_where_private(&self) -> bool {
-        let backing = self.backend.backing();
-        let mut runs = self.backend.state_runs(self.backend.pages()).into_iter();
+        let views = self.backend.views();
+        let mut runs = self
+            .backend
+            .state_map(self.backend.pages(), usize::MAX)
+            .runs
+            .into_iter();
         runs.all(|(pages, state)| {
-            let data = || backing.file(View::Shared).first_data(pages).unwrap();
+            let data = || views.file(View::Shared).first_data(pages).unwrap();
             state != PageState::Private || data().is_none()
         })
     }
@@ -155,12 +164,8 @@ fn a_stray_access_is_told_with_its_thread_and_leaves_nothing() {
 
     assert_eq!(machine.read(4), 0, "a stray access reads zeros");
     let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
-    let stray = Stray {
-        pages: page(4),
-        gpa: Some(GPA + 4 * PAGE_SIZE),
-        thread: Some(thread),
-    };
-    assert_eq!(*machine.caught.0.lock(), [stray]);
+    let gpa = GPA + 4 * PAGE_SIZE;
+    assert_eq!(machine.caught(), [(page(4), Some(gpa), Some(thread))]);
     machine.wait("the page is given back", |m| m.allocated() == 0);
 
     machine.write(3, 9);
@@ -194,26 +199,21 @@ fn what_the_host_may_use_is_served_in_silence() {
 
 #[test]
 fn what_another_mapping_leaves_is_found_and_freed() {
-    for discard in [Discard::Now, Discard::Coalesced] {
-        let machine = Machine::new(discard);
-        let Some(_guard) = machine.guard() else {
-            return;
-        };
-        machine.convert(0, PAGES, View::Private);
-        machine.vm.drain().unwrap();
-        // As far as the kernel is concerned, it might be another process.
-        let other = map(&machine.backend);
-        let at = (5 * PAGE_SIZE) as usize;
-        other.get_ref::<u8>(at).unwrap().store(1_u8);
-        machine.wait("it is found", |m| !m.caught.0.lock().is_empty());
-        let stray = Stray {
-            pages: page(5),
-            gpa: Some(GPA + 5 * PAGE_SIZE),
-            thread: None,
-        };
-        assert_eq!(*machine.caught.0.lock(), [stray]);
-        assert_eq!(machine.allocated(), 0);
-    }
+    let machine = Machine::new(Discard::Now);
+    let Some(_guard) = machine.guard() else {
+        return;
+    };
+    machine.convert(0, PAGES, View::Private);
+    // As far as the kernel is concerned, it might be another process.
+    let other = map(&machine.backend);
+    let at = (5 * PAGE_SIZE) as usize;
+    other.get_ref::<u8>(at).unwrap().store(1_u8);
+    machine.wait("it is found", |m| !m.caught.0.lock().is_empty());
+    assert_eq!(
+        machine.caught(),
+        [(page(5), Some(GPA + 5 * PAGE_SIZE), None)]
+    );
+    assert_eq!(machine.allocated(), 0);
 }
 
 /// Threads touch what they may while others convert it. Whoever loses the race is a stray; no private
@@ -262,20 +262,19 @@ fn conversions_and_touches_race_without_a_trace() {
 fn a_guard_that_could_not_do_its_work_is_refused() {
     let keep = Machine::new(Discard::Keep);
     let address = keep.host.as_ptr().addr();
-    let error = keep.vm.guard(&keep.backend, address).unwrap_err();
+    let error = keep.guard_at(address).unwrap_err();
     assert!(error.to_string().contains("discard=keep"), "{error}");
 
-    let launched = Machine::with(BackendConfig {
-        start: PageState::Private,
-        ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
-    });
+    let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+    config.start = PageState::Private;
+    let launched = Machine::with(config);
     let address = launched.host.as_ptr().addr();
-    let error = launched.vm.guard(&launched.backend, address).unwrap_err();
+    let error = launched.guard_at(address).unwrap_err();
     assert!(error.to_string().contains("starts private"), "{error}");
 
     let machine = Machine::new(Discard::Now);
-    let error = machine.vm.guard(&machine.backend, 1 << 20).unwrap_err();
+    let error = machine.guard_at(1 << 20).unwrap_err();
     assert!(error.to_string().contains("userfaultfd"), "{error}");
-    let error = machine.vm.guard(&machine.backend, address + 1).unwrap_err();
+    let error = machine.guard_at(address + 1).unwrap_err();
     assert!(error.to_string().contains("userfaultfd"), "{error}");
 }

@@ -27,13 +27,11 @@ impl Listener for Silent {
 }
 
 fn config(mode: Option<Mode>, bind: bool) -> BackendConfig {
-    BackendConfig {
-        mode,
-        bind,
-        discard: Discard::Coalesced,
-        lazy: Some(backend::reach::Chunk::default()),
-        ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
-    }
+    let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+    config.mode = mode;
+    config.bind = bind;
+    config.lazy = Some(backend::reach::Chunk::default());
+    config
 }
 
 fn mapped(bind: bool) -> (Vm, Arc<Backend>) {
@@ -48,14 +46,14 @@ fn guest(start: u64, end: u64) -> GuestPages {
 
 /// One file, as data in it shows.
 fn write(backend: &Backend, page: u64) {
-    let backing = backend.backing();
-    let file = backing.file(View::Shared).fd();
+    let views = backend.views();
+    let file = views.file(View::Shared).fd();
     rustix::io::pwrite(file, b"data", page * PAGE_SIZE).unwrap();
 }
 
 fn data(backend: &Backend, view: View) -> Option<FilePages> {
-    let backing = backend.backing();
-    backing.file(view).first_data(backend.pages()).unwrap()
+    let views = backend.views();
+    views.file(view).first_data(backend.pages()).unwrap()
 }
 
 #[test]
@@ -65,7 +63,7 @@ fn both_views_are_one_file_and_all_pages_are_shared() {
     write(&backend, 3);
     assert_eq!(data(&backend, View::Private), FilePages::new(3, 4));
     assert_eq!(
-        backend.state_runs(backend.pages()),
+        backend.state_map(backend.pages(), usize::MAX).runs,
         [(backend.pages(), PageState::Shared)]
     );
 }
@@ -74,16 +72,18 @@ fn both_views_are_one_file_and_all_pages_are_shared() {
 fn nothing_can_become_private() {
     for bind in [false, true] {
         let (vm, backend) = mapped(bind);
-        vm.add_window(&backend, guest(0, PAGES), 0, true).unwrap();
+        vm.add_window(&backend, guest(0, PAGES), 0, Binding::Bound)
+            .unwrap();
         let error = vm.convert(guest(2, 4), View::Private).unwrap_err();
         assert!(matches!(error, Error::NeverPrivate { .. }), "{error}");
         // EINVAL is what the guest gets.
         assert_eq!(error.errno(), 22);
         assert!(vm.map_gpa_range(0, 1, 1 << 4).is_err());
-        assert!(vm.memory_fault(0, PAGE_SIZE, true).is_err() || !bind);
+        // Only a window that is bound can show a private page at all.
+        assert_eq!(vm.memory_fault(0, PAGE_SIZE, View::Private).is_err(), bind);
         assert_eq!(vm.convert(guest(2, 4), View::Shared).unwrap(), 0);
         assert_eq!(
-            backend.state_runs(backend.pages()),
+            backend.state_map(backend.pages(), usize::MAX).runs,
             [(backend.pages(), PageState::Shared)]
         );
     }
@@ -93,15 +93,15 @@ fn nothing_can_become_private() {
 fn a_discard_punches_and_the_pages_stay_shared() {
     let (vm, backend) = mapped(false);
     (0..PAGES).for_each(|page| write(&backend, page));
-    vm.discard(&backend, FilePages::new(0, PAGES - 1).unwrap())
+    vm.free_pages(&backend, FilePages::new(0, PAGES - 1).unwrap())
         .unwrap();
     assert_eq!(
         data(&backend, View::Shared),
         FilePages::new(PAGES - 1, PAGES)
     );
-    assert!(vm.is_populated(&backend, backend.pages()));
+    assert!(vm.host_may_use(&backend, backend.pages()));
     assert_eq!(
-        backend.state_runs(backend.pages()),
+        backend.state_map(backend.pages(), usize::MAX).runs,
         [(backend.pages(), PageState::Shared)]
     );
 }
@@ -111,13 +111,18 @@ fn slots_carry_the_file_only_if_asked_to_and_once() {
     for bind in [false, true] {
         let (vm, backend) = mapped(bind);
         assert_eq!(backend.is_bindable(), bind);
-        let add = |at, bindable| {
-            vm.add_window(&backend, guest(at, at + 4), 0, bindable)
+        let add = |at, wanted| {
+            vm.add_window(&backend, guest(at, at + 4), 0, wanted)
                 .unwrap()
         };
-        assert!(!add(0, false));
-        assert_eq!(add(20, true), bind);
-        assert!(!add(40, true));
+        let first = if bind {
+            Binding::Bound
+        } else {
+            Binding::Unbound
+        };
+        assert_eq!(add(0, Binding::Unbound), Binding::Unbound);
+        assert_eq!(add(20, Binding::Bound), first);
+        assert_eq!(add(40, Binding::Bound), Binding::Unbound);
     }
 }
 
@@ -125,7 +130,8 @@ fn slots_carry_the_file_only_if_asked_to_and_once() {
 fn the_host_reads_and_writes_all_of_it() {
     for bind in [false, true] {
         let (vm, backend) = mapped(bind);
-        vm.add_window(&backend, guest(0, PAGES), 0, true).unwrap();
+        vm.add_window(&backend, guest(0, PAGES), 0, Binding::Bound)
+            .unwrap();
         vm.write(3 * PAGE_SIZE + 1, b"data").unwrap();
         let mut bytes = [0xff; 7];
         vm.read(3 * PAGE_SIZE, &mut bytes).unwrap();

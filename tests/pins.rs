@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use guestmemfd::backend::Backend;
 use guestmemfd::backend::reach::Chunk;
-use guestmemfd::listener::Level;
 use guestmemfd::owner::SoftwareOwner;
-use guestmemfd::{BackendConfig, Error, FilePages, GuestPages, Listener, PageState, View, Vm};
+use guestmemfd::{
+    BackendConfig, Binding, Error, FilePages, GuestPages, Listener, PageState, View, Vm,
+};
 
 const PAGES: u64 = 4096;
 
@@ -31,8 +32,6 @@ impl Listener for User {
     fn interrupted(&self) -> bool {
         self.kicked.load(Ordering::Relaxed)
     }
-
-    fn log(&self, _: Level, _: &str) {}
 }
 
 struct Machine {
@@ -45,18 +44,20 @@ impl Machine {
     fn new(convert_timeout: Duration) -> Self {
         let user = User::default();
         let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(user.clone()));
-        let config = BackendConfig {
-            lazy: Some(Chunk::default()),
-            convert_timeout,
-            ..BackendConfig::new("ram", PAGES * guestmemfd::PAGE_SIZE)
-        };
+        let mut config = BackendConfig::new("ram", PAGES * guestmemfd::PAGE_SIZE);
+        config.lazy = Some(Chunk::default());
+        config.convert_timeout = convert_timeout;
         let backend = vm.create_backend(config).unwrap();
-        vm.add_window(&backend, guest(0, PAGES), 0, true).unwrap();
+        vm.add_window(&backend, guest(0, PAGES), 0, Binding::Bound)
+            .unwrap();
         Self { vm, backend, user }
     }
 
     fn state(&self, page: u64) -> PageState {
-        self.backend.state_runs(file(page, page + 1))[0].1
+        self.backend
+            .state_map(file(page, page + 1), usize::MAX)
+            .runs[0]
+            .1
     }
 
     fn pin(&self, pages: FilePages) -> guestmemfd::Result<()> {
@@ -65,7 +66,7 @@ impl Machine {
 
     fn touch(&self, page: u64) -> guestmemfd::Result<u64> {
         let size = guestmemfd::PAGE_SIZE;
-        self.vm.memory_fault(page * size, size, true)
+        self.vm.memory_fault(page * size, size, View::Private)
     }
 }
 
@@ -185,7 +186,10 @@ fn a_pin_waits_for_a_conversion_that_leaves_the_page_shared() {
     thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                machine.vm.discard(&machine.backend, file(0, 64)).unwrap();
+                machine
+                    .vm
+                    .free_pages(&machine.backend, file(0, 64))
+                    .unwrap();
                 machine.vm.write(8 << 12, b"data").unwrap();
                 machine.touch(3).unwrap();
             }
@@ -221,7 +225,7 @@ fn pins_and_conversions_that_race_never_both_have_a_page() {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     if machine.pin(pages).is_ok() {
-                        for (_, state) in machine.backend.state_runs(pages) {
+                        for (_, state) in machine.backend.state_map(pages, usize::MAX).runs {
                             assert_ne!(state, PageState::Private);
                         }
                         machine.backend.unpin(pages).unwrap();

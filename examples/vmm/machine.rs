@@ -5,6 +5,7 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, bail};
+use guestmemfd::View;
 use guestmemfd_floor::machine::{EXIT, IDLE, LINE_STATUS, MAP_GPA_RANGE, SERIAL};
 use guestmemfd_floor::{boot, machine};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE};
@@ -57,8 +58,11 @@ impl Machine {
                     *exit.ret = answer as u64;
                 }
                 VcpuExit::MemoryFault { flags, gpa, size } => {
-                    let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
-                    vm.memory_fault(gpa, size, private)?;
+                    let intent = match flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) {
+                        0 => View::Shared,
+                        _ => View::Private,
+                    };
+                    vm.memory_fault(gpa, size, intent)?;
                 }
                 VcpuExit::IoOut(EXIT, [low, ..]) => return Ok(low << 1 | 1),
                 VcpuExit::IoOut(SERIAL, bytes) => print(&mut self.line, bytes)?,

@@ -12,7 +12,7 @@ use guestmemfd::BackendStats;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::KvmOwner;
 use guestmemfd::{
-    Backend, BackendConfig, GuestPages, Listener, Mode, PAGE_SIZE, PageState, View, Vm,
+    Backend, BackendConfig, Binding, GuestPages, Listener, Mode, PAGE_SIZE, PageState, View, Vm,
 };
 use kvm_bindings::{KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region2};
 use kvm_ioctls::{Kvm, VmFd};
@@ -70,12 +70,11 @@ impl Memory {
         let [kvm_fd, vm_fd] =
             [kvm.as_raw_fd(), kvm_vm.as_raw_fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
         let vm = Vm::new(Arc::new(KvmOwner::new(kvm_fd, vm_fd)?), Box::new(User));
-        let backend = vm.create_backend(BackendConfig {
-            mode: Some(Mode::Private),
-            // The guest counts what it causes, page by page.
-            lazy: None,
-            ..BackendConfig::new("ram", ram.iter().map(|ram| ram.size).sum())
-        })?;
+        let mut config = BackendConfig::new("ram", ram.iter().map(|ram| ram.size).sum());
+        config.mode = Some(Mode::Private);
+        // The guest counts what it causes, page by page.
+        config.lazy = None;
+        let backend = vm.create_backend(config)?;
         let memory = Self {
             mapping: map(&backend, &ram)?,
             vm,
@@ -94,9 +93,13 @@ impl Memory {
             for gpa in [Some(ram.gpa), alias].into_iter().flatten() {
                 let guest = GuestPages::from_bytes(gpa, ram.size)?;
                 // The library says whether the slot is to carry the guest_memfd: the first does.
-                let bound = self.vm.add_window(&self.backend, guest, ram.offset, true)?;
-                let backing = self.backend.backing();
-                let private = backing.file(View::Private).fd().as_raw_fd();
+                let wanted = Binding::Bound;
+                let binding = self
+                    .vm
+                    .add_window(&self.backend, guest, ram.offset, wanted)?;
+                let bound = binding == Binding::Bound;
+                let views = self.backend.views();
+                let private = views.file(View::Private).fd().as_raw_fd();
                 let region = kvm_userspace_memory_region2 {
                     slot,
                     flags: if bound { KVM_MEM_GUEST_MEMFD } else { 0 },
@@ -163,8 +166,8 @@ fn layout(options: &Options) -> Vec<Ram> {
 }
 
 fn map(backend: &Backend, ram: &[Ram]) -> Result<GuestMemoryMmap> {
-    let backing = backend.backing();
-    let shared = backing.file(View::Shared).fd();
+    let views = backend.views();
+    let shared = views.file(View::Shared).fd();
     let ranges = ram.iter().map(|ram| -> Result<_> {
         let file = File::from(shared.as_fd().try_clone_to_owned()?);
         let file = FileOffset::new(file, ram.offset);

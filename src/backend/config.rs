@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What a backend is to be, as its user says it.
 
@@ -11,12 +11,10 @@ use crate::views::Mode;
 
 /// What becomes of the side that a page has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Discard {
     /// A hole is punched inside the conversion.
     Now,
-    /// Holes are collected, joined with their neighbours and punched by a thread of the library,
-    /// before the view is exposed again in any case.
-    Coalesced,
     /// Nothing is freed: for guests that flip the same pages all the time. A page that comes back to
     /// a view may show what it held there before.
     Keep,
@@ -25,6 +23,7 @@ pub enum Discard {
 /// Which pages are allocated as soon as a hypercall has made them private. Pages that become shared
 /// never are: the host often touches them first, and it costs more than the guest's touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Prefault {
     /// None: a page that nobody touches costs no memory.
     Off,
@@ -51,6 +50,7 @@ pub const DEFAULT_CONVERT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a backend is to be.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct BackendConfig {
     /// Its name in messages.
     pub name: String,

@@ -1,17 +1,16 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Pictures of a backend: which of its pages are in which state.
 
 use std::sync::atomic::Ordering;
 
-use crate::backend::Backend;
 use crate::backend::stats::BackendStats;
+use crate::backend::{Backend, RUNS_AT_ONCE};
 use crate::pages::ranges::{FilePages, PAGE_SIZE};
 use crate::pages::states::{PageState, View};
 
-/// How many pages are looked at, and how many runs are taken, before conversions get their turn.
+/// How many pages are looked at before conversions get their turn.
 const PAGES_AT_ONCE: u64 = 1 << 20;
-const RUNS_AT_ONCE: usize = 1024;
 
 /// States of a range of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,9 +71,9 @@ impl Backend {
         BackendStats {
             state_bytes,
             // A file that cannot be asked is shown as empty: a query must not fail for it.
-            shared_allocated: self.backing().file(View::Shared).allocated().unwrap_or(0),
+            shared_allocated: self.views().file(View::Shared).allocated().unwrap_or(0),
             pinned: self.pins.bytes(),
-            unpunched: self.unpunched_bytes(),
+            owed_holes: self.debts.hole_bytes(),
             ..self.counters.read()
         }
     }

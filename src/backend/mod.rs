@@ -1,8 +1,10 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A backend: a size, its files, the states of its pages, and what it counts.
+//! A backend: a size, its files, the states of its pages, what is owed, and what it counts.
 
 mod config;
+pub(crate) mod create;
+mod debts;
 pub mod map;
 pub mod reach;
 pub mod stats;
@@ -12,103 +14,74 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::backend::reach::Reach;
+use crate::backend::debts::Debts;
+use crate::backend::reach::ChunkPredictor;
 use crate::backend::stats::Counters;
 use crate::error::{Error, Result};
 use crate::exclusion::pins::Pins;
-use crate::pages::closed::Closed;
-use crate::pages::ranges::{FilePages, FileSpace};
-use crate::pages::set::PageSet;
+use crate::pages::closed::{Closed, Fragment};
+use crate::pages::ranges::{FilePages, VmId};
 use crate::pages::states::{PageState, PageStates, View};
-use crate::views::{Backing, Mode, ViewFile};
+use crate::views::{Mode, ViewFile, Views};
 
 pub use crate::pages::ranges::BackendId;
 pub use config::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Prefault};
+
+/// How many runs of states are looked at under one lock of them.
+pub(crate) const RUNS_AT_ONCE: usize = 1024;
 
 /// Guest memory with two views.
 #[derive(Debug)]
 pub struct Backend {
     id: BackendId,
+    vm: VmId,
     config: BackendConfig,
     pages: FilePages,
-    pub(crate) states: Mutex<PageStates>,
+    mode: Mode,
+    states: Mutex<PageStates>,
     /// Of the states, for those who take no lock.
     closed: Closed,
     pub(crate) pins: Pins,
-    mode: Mode,
-    backing: Mutex<Arc<Backing>>,
-    /// Pages that are still allocated in a view that they have left.
-    unpunched: Mutex<Unpunched>,
-    /// Pages whose attributes may not follow their state: setting them back has failed.
-    unsure: Mutex<PageSet<FileSpace>>,
+    views: Mutex<Arc<Views>>,
+    debts: Debts,
     /// With lazy attributes.
-    reach: Option<Mutex<Reach>>,
+    predictor: Option<Mutex<ChunkPredictor>>,
     pub(crate) counters: Counters,
 }
 
-#[derive(Debug, Default)]
-struct Unpunched {
-    shared: PageSet<FileSpace>,
-    private: PageSet<FileSpace>,
-}
-
-impl Unpunched {
-    fn bytes(&self) -> u64 {
-        self.shared.bytes() + self.private.bytes()
-    }
-
-    fn of(&mut self, view: View) -> &mut PageSet<FileSpace> {
-        match view {
-            View::Shared => &mut self.shared,
-            View::Private => &mut self.private,
-        }
-    }
-}
-
-/// What became of a hole that was to be queued.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Queued {
-    /// It is the only one.
-    First,
-    /// There were some.
-    More,
-    /// There were some, and now it is high time.
-    Much,
-    /// It was not queued: there are too many.
-    Full,
-}
-
-/// Bytes of holes that may wait in a backend of this size: little beside what it holds, and enough
-/// for holes to find neighbours.
-fn backlog_limit(size: u64) -> u64 {
-    (size / 128).clamp(2 << 20, 64 << 20)
-}
-
 impl Backend {
-    pub(crate) fn new(id: BackendId, config: BackendConfig, backing: Backing) -> Result<Self> {
+    pub(crate) fn new(
+        vm: VmId,
+        id: BackendId,
+        config: BackendConfig,
+        views: Views,
+    ) -> Result<Self> {
         let pages = FilePages::from_bytes(0, config.size)?;
         let no_memory = || Error::NoMemory {
             backend: config.name.clone(),
             size: config.size,
         };
         let states = PageStates::new(pages.count(), config.start).ok_or_else(no_memory)?;
-        // Nothing that is always shared needs a pin.
-        let pinnable = match backing.mode() {
-            Mode::Private => pages.count(),
-            Mode::Mapped => 0,
+        let mode = views.mode();
+        // What is always shared needs no pin.
+        let pinnable = match mode.has_private_pages() {
+            true => pages.count(),
+            false => 0,
         };
         Ok(Self {
             id,
+            vm,
             pages,
+            mode,
             pins: Pins::new(pinnable).ok_or_else(no_memory)?,
             closed: states.closed(),
             states: Mutex::new(states),
-            mode: backing.mode(),
-            reach: config.lazy.map(|chunk| Mutex::new(Reach::new(chunk))),
+            predictor: config
+                .lazy
+                .map(|chunk| Mutex::new(ChunkPredictor::new(chunk))),
             config,
-            backing: Mutex::new(Arc::new(backing)),
-            unpunched: Mutex::default(),
-            unsure: Mutex::default(),
+            views: Mutex::new(Arc::new(views)),
+            debts: Debts::default(),
             counters: Counters::default(),
         })
     }
@@ -135,15 +108,38 @@ impl Backend {
 
     /// Can KVM slots carry its guest_memfd?
     pub fn is_bindable(&self) -> bool {
-        self.mode() == Mode::Private || self.config.bind
+        self.mode.has_private_pages() || self.config.bind
     }
 
-    /// Its files.
-    pub fn backing(&self) -> Arc<Backing> {
-        self.backing.lock().clone()
+    /// Its files. Another owner's VM gets new ones.
+    pub fn views(&self) -> Arc<Views> {
+        self.views.lock().clone()
+    }
+
+    pub(crate) fn replace_views(&self, views: Views) {
+        *self.views.lock() = Arc::new(views);
+    }
+
+    /// Checks that it belongs to a VM.
+    #[inline]
+    pub(crate) fn check_vm(&self, vm: VmId) -> Result<()> {
+        match self.vm == vm {
+            true => Ok(()),
+            false => Err(self.of_other_vm()),
+        }
+    }
+
+    #[cold]
+    fn of_other_vm(&self) -> Error {
+        Error::OtherVm {
+            backend: self.config.name.clone(),
+        }
     }
 
     /// Checks that a range of bytes is a range of whole pages of the backend.
+    ///
+    /// # Errors
+    /// [`Error::Range`] if it is none, [`Error::OutsideBackend`] if it ends beyond the backend.
     pub fn pages_at(&self, offset: u64, bytes: u64) -> Result<FilePages> {
         let pages = FilePages::from_bytes(offset, bytes)?;
         if self.pages.covers(pages) {
@@ -154,6 +150,9 @@ impl Backend {
     }
 
     /// The pages that a range of bytes touches; no alignment needed.
+    ///
+    /// # Errors
+    /// [`Error::OutsideBackend`] if it is empty or ends beyond the backend.
     pub fn pages_covering(&self, offset: u64, bytes: u64) -> Result<FilePages> {
         FilePages::covering_bytes(offset, bytes)
             .filter(|pages| self.pages.covers(*pages))
@@ -169,77 +168,127 @@ impl Backend {
             size: self.config.size,
         }
     }
+}
 
-    /// The runs of states that make up a range of the backend.
+/// States.
+impl Backend {
+    /// Looks at the states, or changes them. No conversion of any page goes on meanwhile.
+    pub(crate) fn with_states<T>(&self, act: impl FnOnce(&mut PageStates) -> T) -> T {
+        act(&mut self.states.lock())
+    }
+
+    /// The state of one page.
     ///
     /// # Panics
-    /// If the range does not lie inside the backend.
-    pub fn state_runs(&self, pages: FilePages) -> Vec<(FilePages, PageState)> {
-        self.states.lock().runs(pages).collect()
+    /// If there is no such page.
+    pub fn state(&self, page: u64) -> PageState {
+        self.states.lock().get(page)
+    }
+
+    /// The first run of states of some pages.
+    pub(crate) fn first_run(&self, pages: FilePages) -> (FilePages, PageState) {
+        let states = self.states.lock();
+        let first = states.runs(pages).next();
+        // A range is never empty.
+        first.unwrap_or((pages, states.get(pages.start())))
     }
 
     /// Are all of these pages in this view, as far as anybody can tell?
-    pub(crate) fn all_surely_in(&self, pages: FilePages, view: View) -> bool {
-        self.all_in(pages, |state| state == view.into())
-            && self.unsure.lock().first_in(pages).is_none()
+    pub(crate) fn is_surely_in(&self, pages: FilePages, view: View) -> bool {
+        let in_view = {
+            let states = self.states.lock();
+            let mut runs = states.runs(pages);
+            runs.next() == Some((pages, view.into()))
+        };
+        in_view && self.debts.first_doubtful(pages).is_none()
     }
 
-    /// Pages whose attributes may not follow their state.
-    pub(crate) fn unsure_within(&self, pages: FilePages) -> Vec<FilePages> {
-        self.unsure.lock().within(pages)
-    }
-
-    /// Do the attributes of these pages follow their state?
-    pub(crate) fn set_sure(&self, pages: FilePages, sure: bool) {
-        let mut unsure = self.unsure.lock();
-        match sure {
-            true => unsure.remove(pages),
-            false => unsure.insert(pages),
+    /// The first of some pages that the host may not use, as the state says. A private page comes
+    /// before one that is in transition.
+    pub(crate) fn first_closed(&self, pages: FilePages) -> Option<(FilePages, PageState)> {
+        let mut found = None;
+        for fragment in Fragment::of(pages) {
+            if self.closed.no_closed_page_near(fragment.pages) {
+                continue;
+            }
+            let states = self.states.lock();
+            for (run, state) in states.runs(fragment.pages) {
+                match state {
+                    PageState::Private => return Some((run, state)),
+                    PageState::Transition => found = found.or(Some((run, state))),
+                    PageState::Undecided | PageState::Shared => {}
+                }
+            }
         }
+        found
     }
 
-    /// Are all of these pages in one of the accepted states? Stops at the first that is not.
-    pub(crate) fn all_in(&self, pages: FilePages, accepted: impl Fn(PageState) -> bool) -> bool {
-        self.states
-            .lock()
-            .runs(pages)
-            .all(|(_, state)| accepted(state))
+    /// The range from the first to the last private page of some pages.
+    pub(crate) fn private_span(&self, pages: FilePages) -> Option<FilePages> {
+        let states = self.states.lock();
+        if states.count(PageState::Private) == 0 {
+            return None;
+        }
+        states.span(pages, PageState::Private)
     }
 
+    /// The undecided pages around one of them, as far as a touch of it reaches inside a range. None
+    /// without lazy attributes, or if the page is decided.
+    pub(crate) fn undecided_around(&self, page: u64, within: FilePages) -> Option<FilePages> {
+        let predictor = self.predictor.as_ref()?;
+        let states = self.states.lock();
+        if states.get(page) != PageState::Undecided {
+            return None;
+        }
+        let chunk = predictor.lock().chunk(page, within);
+        let mut runs = states.runs(chunk);
+        runs.find_map(|(run, _)| run.contains(page).then_some(run))
+    }
+}
+
+/// Pins.
+impl Backend {
     /// Pins bytes if they lie in one page near which all are open. If not, nothing is pinned.
     #[inline]
     pub(crate) fn pin_one(&self, offset: u64, bytes: u64) -> bool {
         self.pins.add_one(&self.closed, offset, bytes)
     }
 
-    /// Pins pages. True if no page near them is private or in transition: the pin holds.
-    pub(crate) fn add_pin(&self, pages: FilePages) -> bool {
-        self.pins.add(pages);
-        self.closed.none_near(pages)
+    /// Takes back what `pin_one` has granted.
+    #[inline]
+    pub(crate) fn unpin_one(&self, offset: u64, bytes: u64) -> bool {
+        self.pins.remove_one(offset, bytes)
     }
 
-    /// Takes a pin that was added back unless the host may use all of its pages; says then which state is
-    /// in the way.
+    /// Pins pages. True if no page near them is private or in transition: the pin holds.
+    #[inline]
+    pub(crate) fn add_pin(&self, pages: FilePages) -> bool {
+        if !self.mode.has_private_pages() {
+            return true;
+        }
+        self.pins.add(pages);
+        self.closed.no_closed_page_near(pages)
+    }
+
+    /// Takes a pin that was added back unless the host may use all of its pages; says then which
+    /// state is in the way.
     pub(crate) fn check_pin(&self, pages: FilePages) -> std::result::Result<(), PageState> {
-        let states = self.states.lock();
-        let closed = states.runs(pages).map(|(_, state)| state);
-        let Some(state) = closed
-            .filter(|state| !state.host_may_use())
-            .min_by_key(|s| *s as usize)
-        else {
+        let Some((_, state)) = self.first_closed(pages) else {
             return Ok(());
         };
-        drop(states);
         self.pins.remove(pages);
         Err(state)
     }
 
     /// Takes back what [`Vm::pin`](crate::Vm::pin) has granted for the same pages.
     ///
+    /// # Errors
+    /// [`Error::NotPinned`] if a page is not pinned; then nothing is done.
+    ///
     /// # Panics
     /// If the range does not lie inside the backend.
     pub fn unpin(&self, pages: FilePages) -> Result<()> {
-        if self.mode == Mode::Mapped || self.pins.remove(pages) {
+        if !self.mode.has_private_pages() || self.pins.remove(pages) {
             return Ok(());
         }
         Err(self.not_pinned(pages))
@@ -252,95 +301,104 @@ impl Backend {
             pages,
         }
     }
+}
 
+/// Files, and what they owe.
+impl Backend {
     /// Frees pages of a view.
     pub(crate) fn punch(&self, pages: FilePages, view: View) -> Result<()> {
-        let backing = self.backing();
-        backing
-            .file(view)
-            .punch_hole(pages)
-            .map_err(|source| Error::Punch {
-                backend: self.config.name.clone(),
-                pages,
-                view,
-                source,
-            })?;
-        self.unpunched.lock().of(view).remove(pages);
+        let punched = self.views().file(view).punch_hole(pages);
+        punched.map_err(|source| Error::Punch {
+            backend: self.config.name.clone(),
+            pages,
+            view,
+            source,
+        })?;
+        self.debts.hole_punched(pages, view);
         Ok(())
     }
 
-    pub(crate) fn remember_unpunched(&self, pages: FilePages, view: View) {
-        self.unpunched.lock().of(view).insert(pages);
+    /// A hole that could not be punched now is punched before the view is exposed again.
+    pub(crate) fn owe_hole(&self, pages: FilePages, view: View) {
+        self.debts.owe_hole(pages, view);
     }
 
-    /// Takes a hole for the worker, if there is room.
-    pub(crate) fn queue(&self, pages: FilePages, view: View) -> Queued {
-        let limit = backlog_limit(self.config.size);
-        let mut unpunched = self.unpunched.lock();
-        let before = unpunched.bytes();
-        let after = before + pages.bytes();
-        if after > limit {
-            return Queued::Full;
-        }
-        unpunched.of(view).insert(pages);
-        match (before == 0, before < limit / 2 && after >= limit / 2) {
-            (_, true) => Queued::Much,
-            (true, _) => Queued::First,
-            _ => Queued::More,
-        }
-    }
-
-    /// Bytes whose hole is still to be punched.
-    pub(crate) fn unpunched_bytes(&self) -> u64 {
-        self.unpunched.lock().bytes()
-    }
-
-    /// The first of some pages whose hole is still to be punched.
-    pub(crate) fn first_unpunched(&self, pages: FilePages, view: View) -> Option<FilePages> {
-        self.unpunched.lock().of(view).first_in(pages)
-    }
-
-    /// Punches what is left to punch, so that the view can be exposed. The caller has claimed the
-    /// pages.
-    pub(crate) fn prepare(&self, pages: FilePages, view: View) -> Result<()> {
-        while let Some(hole) = self.first_unpunched(pages, view) {
+    /// Punches what is owed, so that the view can be exposed. The caller has claimed the pages.
+    pub(crate) fn punch_owed(&self, pages: FilePages, view: View) -> Result<()> {
+        while let Some(hole) = self.debts.first_hole(pages, view) {
             self.punch(hole, view)?;
         }
         Ok(())
     }
 
+    /// The first of some pages whose hole is still to be punched.
+    pub(crate) fn first_owed_hole(&self, pages: FilePages, view: View) -> Option<FilePages> {
+        self.debts.first_hole(pages, view)
+    }
+
+    /// The attributes of these pages may not follow their states from now on.
+    pub(crate) fn doubt_attributes(&self, pages: FilePages) {
+        self.debts.doubt_attributes(pages);
+    }
+
+    /// They do.
+    pub(crate) fn attributes_are_right(&self, pages: FilePages) {
+        self.debts.attributes_are_right(pages);
+    }
+
+    /// The first of some pages whose attributes may not follow their states.
+    pub(crate) fn first_doubtful(&self, pages: FilePages) -> Option<FilePages> {
+        self.debts.first_doubtful(pages)
+    }
+
+    /// Nothing is owed any more: files and owner are new.
+    pub(crate) fn forget_debts(&self) {
+        self.debts.forget();
+    }
+
     /// Those of some pages that have data in a view.
     pub(crate) fn data_within(&self, pages: FilePages, view: View) -> Result<Vec<FilePages>> {
-        let backing = self.backing();
+        let views = self.views();
         let mut found = Vec::new();
         let mut rest = Some(pages);
         while let Some(pages) = rest {
-            let data = backing.file(view).first_data(pages);
-            let data = data.map_err(|source| Error::FindData {
-                backend: self.config.name.clone(),
-                pages,
-                view,
-                source,
-            })?;
-            let Some(data) = data else { break };
+            let Some(data) = self.first_data(views.file(view), pages, view)? else {
+                break;
+            };
             found.push(data);
             rest = FilePages::new(data.end(), pages.end());
         }
         Ok(found)
     }
 
+    /// The first of some pages that have data in a view.
+    fn first_data(
+        &self,
+        file: &dyn ViewFile,
+        pages: FilePages,
+        view: View,
+    ) -> Result<Option<FilePages>> {
+        file.first_data(pages).map_err(|source| Error::FindData {
+            backend: self.config.name.clone(),
+            pages,
+            view,
+            source,
+        })
+    }
+
     /// Reads bytes of the shared view.
     pub(crate) fn read_shared(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let read = self.backing().file(View::Shared).read_at(offset, bytes);
+        let read = self.views().file(View::Shared).read_at(offset, bytes);
         read.map_err(|source| self.transfer_error("read", offset, bytes.len(), source))
     }
 
     /// Writes bytes of the shared view.
     pub(crate) fn write_shared(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let written = self.backing().file(View::Shared).write_at(offset, bytes);
+        let written = self.views().file(View::Shared).write_at(offset, bytes);
         written.map_err(|source| self.transfer_error("write", offset, bytes.len(), source))
     }
 
+    #[cold]
     fn transfer_error(
         &self,
         what: &'static str,
@@ -354,54 +412,6 @@ impl Backend {
             offset,
             bytes,
             source,
-        }
-    }
-
-    /// The undecided pages around one of them, as far as a touch of it reaches inside a range. None
-    /// without lazy attributes, or if the page is decided.
-    pub(crate) fn undecided_around(&self, page: u64, within: FilePages) -> Option<FilePages> {
-        let reach = self.reach.as_ref()?;
-        let states = self.states.lock();
-        if states.get(page) != PageState::Undecided {
-            return None;
-        }
-        let chunk = reach.lock().chunk(page, within);
-        let mut runs = states.runs(chunk);
-        runs.find_map(|(run, _)| run.contains(page).then_some(run))
-    }
-
-    /// Starts over with another private file; all pages are in the state that they started in. The
-    /// caller has emptied the shared view of those that were not shared, or shall not stay so. A
-    /// mapped backend has nothing to start over.
-    pub(crate) fn restart(&self, private: Arc<dyn ViewFile>) {
-        let mut backing = self.backing.lock();
-        let Backing::TwoFiles { shared, .. } = &**backing else {
-            return;
-        };
-        *backing = Arc::new(Backing::TwoFiles {
-            private,
-            shared: shared.clone(),
-        });
-        drop(backing);
-        let mut states = self.states.lock();
-        let runs: Vec<_> = states.runs(self.pages).collect();
-        for (run, state) in runs {
-            states.set_run(run, state, self.config.start);
-        }
-        drop(states);
-        *self.unpunched.lock() = Unpunched::default();
-        *self.unsure.lock() = PageSet::default();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_backlog_of_holes_is_bounded() {
-        for (size, limit) in [(4096, 2 << 20), (1 << 30, 8 << 20), (1 << 50, 64 << 20)] {
-            assert_eq!(backlog_limit(size), limit);
         }
     }
 }

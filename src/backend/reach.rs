@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Lazy attributes: how far the first private touch of a page reaches.
 //!
@@ -42,7 +42,7 @@ impl Chunk {
 
 /// What touches have reached so far.
 #[derive(Debug)]
-pub(crate) struct Reach {
+pub(crate) struct ChunkPredictor {
     first: u64,
     /// The latest comes first.
     streams: Vec<Stream>,
@@ -56,7 +56,7 @@ struct Stream {
     size: u64,
 }
 
-impl Reach {
+impl ChunkPredictor {
     pub(crate) fn new(chunk: Chunk) -> Self {
         Self {
             first: chunk.0,
@@ -105,11 +105,11 @@ mod tests {
 
     #[test]
     fn chunks_double_along_a_sequence_up_to_a_limit() {
-        let mut reach = Reach::new(Chunk::default());
+        let mut predictor = ChunkPredictor::new(Chunk::default());
         let mut page = 0;
         let mut sizes = Vec::new();
         while page < 256 * MIB {
-            let chunk = reach.chunk(page, all(256 * MIB));
+            let chunk = predictor.chunk(page, all(256 * MIB));
             sizes.push((chunk.end() - page) / MIB);
             page = chunk.end();
         }
@@ -119,11 +119,11 @@ mod tests {
 
     #[test]
     fn sequences_of_several_vcpus_do_not_disturb_each_other() {
-        let mut reach = Reach::new(Chunk::default());
+        let mut predictor = ChunkPredictor::new(Chunk::default());
         let mut next = [0, 1, 2, 3].map(|vcpu| vcpu * 1024 * MIB);
         for _ in 0..8 {
             for page in &mut next {
-                *page = reach.chunk(*page, all(4096 * MIB)).end();
+                *page = predictor.chunk(*page, all(4096 * MIB)).end();
             }
         }
         for (vcpu, page) in (0..).zip(next) {
@@ -133,10 +133,10 @@ mod tests {
 
     #[test]
     fn a_jump_begins_small_again() {
-        let mut reach = Reach::new(Chunk::default());
-        let end = reach.chunk(0, all(512 * MIB)).end();
-        assert!(reach.chunk(end, all(512 * MIB)).count() > 2 * MIB);
-        assert_eq!(reach.chunk(301 * MIB, all(512 * MIB)).count(), 2 * MIB);
+        let mut predictor = ChunkPredictor::new(Chunk::default());
+        let end = predictor.chunk(0, all(512 * MIB)).end();
+        assert!(predictor.chunk(end, all(512 * MIB)).count() > 2 * MIB);
+        assert_eq!(predictor.chunk(301 * MIB, all(512 * MIB)).count(), 2 * MIB);
     }
 
     proptest! {
@@ -147,7 +147,7 @@ mod tests {
             touches in prop::collection::vec(any::<u64>(), 1..100),
         ) {
             let within = FilePages::new(start, start + length).unwrap();
-            let mut reach = Reach::new(Chunk::from_bytes(PAGE_SIZE << shift).unwrap());
+            let mut predictor = ChunkPredictor::new(Chunk::from_bytes(PAGE_SIZE << shift).unwrap());
             let mut next = start;
             for touch in touches {
                 // Half of them go on where the last has ended.
@@ -155,7 +155,7 @@ mod tests {
                     true => next,
                     false => start + touch % length,
                 };
-                let chunk = reach.chunk(page, within);
+                let chunk = predictor.chunk(page, within);
                 prop_assert!(chunk.contains(page) && within.covers(chunk));
                 next = chunk.end();
             }

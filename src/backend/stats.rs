@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What a backend counts, and what it tells of that.
 
@@ -16,7 +16,14 @@ pub(crate) struct ByView<T = AtomicU64> {
 }
 
 impl<T> ByView<T> {
-    fn of(&self, view: View) -> &T {
+    pub(super) fn of_mut(&mut self, view: View) -> &mut T {
+        match view {
+            View::Shared => &mut self.shared,
+            View::Private => &mut self.private,
+        }
+    }
+
+    pub(super) fn of(&self, view: View) -> &T {
         match view {
             View::Shared => &self.shared,
             View::Private => &self.private,
@@ -35,7 +42,7 @@ impl ByView {
 pub(crate) struct Counters {
     pub(crate) conversions: ByView,
     pub(crate) converted_pages: ByView,
-    pub(crate) pages_along: AtomicU64,
+    pub(crate) neighbour_pages: AtomicU64,
     pub(crate) faults: ByView,
     pub(crate) hypercalls: AtomicU64,
     pub(crate) refused: AtomicU64,
@@ -53,7 +60,7 @@ impl Counters {
             conversions_to_private: get(&self.conversions.private),
             converted_to_shared: get(&self.converted_pages.shared) * PAGE_SIZE,
             converted_to_private: get(&self.converted_pages.private) * PAGE_SIZE,
-            converted_along: get(&self.pages_along) * PAGE_SIZE,
+            converted_neighbours: get(&self.neighbour_pages) * PAGE_SIZE,
             faults_shared: get(&self.faults.shared),
             faults_private: get(&self.faults.private),
             hypercalls: get(&self.hypercalls),
@@ -109,6 +116,7 @@ fn bucket(time: Duration) -> usize {
 }
 
 /// What a backend holds and has done.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendStats {
     /// Bytes in each state, in the order of `PageState::ALL`.
@@ -123,8 +131,8 @@ pub struct BackendStats {
     pub converted_to_shared: u64,
     /// Bytes moved to the private view.
     pub converted_to_private: u64,
-    /// Bytes that lazy attributes made private along with others that were asked for.
-    pub converted_along: u64,
+    /// Bytes that lazy attributes made private as neighbours of what was touched.
+    pub converted_neighbours: u64,
     /// Memory faults that asked for the shared view.
     pub faults_shared: u64,
     /// Memory faults that asked for the private view.
@@ -139,8 +147,9 @@ pub struct BackendStats {
     pub strays: u64,
     /// Bytes that the host uses through pins; those that are pinned twice count twice.
     pub pinned: u64,
-    /// Bytes whose hole is still to be punched.
-    pub unpunched: u64,
+    /// Bytes whose hole the kernel has refused to punch, and that is punched before they are exposed
+    /// again.
+    pub owed_holes: u64,
     /// How long requests that moved pages to the shared view have taken since
     /// `Backend::watch_latency`.
     pub latency_to_shared: Latency,

@@ -1,19 +1,19 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Claims: the exclusive right to convert ranges of pages.
 //!
 //! A claim on several ranges is granted as a whole or not at all, so two claims can never wait for
 //! each other. Disjoint claims do not meet. Overlapping ones are granted in the order in which they
-//! came, so a claim on much memory is not overtaken for ever by claims on parts of it.
+//! came, so a claim on much memory is not overtaken for ever by claims on parts of it. A thread that
+//! holds a claim already does not queue behind others: they may be waiting for it.
+//!
+//! Two threads that each hold a claim and want the other's pages wait for ever. The library never
+//! does that; a listener could, by asking in a callback about pages other than its own.
 
 use crate::exclusion::sync::thread::{self, ThreadId};
 use crate::exclusion::sync::{ASK_INTERVAL, Condvar, Mutex};
 use crate::pages::ranges::BackendId;
 use crate::pages::ranges::FilePages;
-
-/// The wait for a claim was interrupted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Interrupted;
 
 /// The claims of a VM.
 #[derive(Debug, Default)]
@@ -47,7 +47,12 @@ struct HeldRange {
 impl Held {
     /// Is anything in the way of a claim, held or waited for before it?
     fn blocks(&self, claim: u64, wanted: &[(BackendId, FilePages)]) -> bool {
-        let earlier = self.waiting.iter().take_while(|w| w.claim != claim);
+        let me = thread::current().id();
+        let holds = self.ranges.iter().any(|held| held.thread == me);
+        let earlier = self
+            .waiting
+            .iter()
+            .take_while(|w| !holds && w.claim != claim);
         let queued = earlier.flat_map(|w| &w.wanted);
         wanted.iter().any(|&(backend, pages)| {
             let overlaps = |(b, p): &(BackendId, FilePages)| *b == backend && p.overlaps(pages);
@@ -80,38 +85,43 @@ impl Held {
 }
 
 impl Claims {
-    /// Waits until no claim overlaps `wanted`, then claims all of it.
+    /// Waits until no claim overlaps `wanted`, then claims all of it. `None` if `interrupted` says so
+    /// while this thread waits. It is asked every 10 ms, with no lock held.
     ///
-    /// The ranges of one request may overlap each other. `interrupted` is asked while waiting; it
-    /// must not call back.
+    /// The ranges of one request may overlap each other.
     pub fn claim(
         &self,
         wanted: &[(BackendId, FilePages)],
         interrupted: impl Fn() -> bool,
-    ) -> Result<Claim<'_>, Interrupted> {
+    ) -> Option<Claim<'_>> {
         let mut held = self.held.lock();
         let claim = held.next_id;
         held.next_id += 1;
         if held.blocks(claim, wanted) {
-            let waiting = Waiting {
+            held.waiting.push(Waiting {
                 claim,
                 wanted: wanted.to_vec(),
+            });
+            // However this ends, a panic in `interrupted` included.
+            let place = Place {
+                claims: self,
+                claim,
             };
-            held.waiting.push(waiting);
-            let mut give_up = false;
-            while !give_up && held.blocks(claim, wanted) {
+            while held.blocks(claim, wanted) {
                 self.released.wait_for(&mut held, ASK_INTERVAL);
-                give_up = interrupted();
+                drop(held);
+                if interrupted() {
+                    return None;
+                }
+                held = self.held.lock();
             }
-            held.waiting.retain(|waiting| waiting.claim != claim);
-            if give_up {
-                // Others may have queued behind it.
-                self.released.notify_all();
-                return Err(Interrupted);
-            }
+            held.hold(claim, wanted);
+            drop(held);
+            drop(place);
+        } else {
+            held.hold(claim, wanted);
         }
-        held.hold(claim, wanted);
-        Ok(self.granted(claim))
+        Some(self.granted(claim))
     }
 
     /// The same for those who would rather do without than wait.
@@ -126,23 +136,38 @@ impl Claims {
         Some(self.granted(claim))
     }
 
-    fn granted(&self, id: u64) -> Claim<'_> {
-        Claim { claims: self, id }
-    }
-
     /// The same for those who cannot give up.
     pub fn claim_for_sure(&self, wanted: &[(BackendId, FilePages)]) -> Claim<'_> {
         loop {
-            if let Ok(claim) = self.claim(wanted, || false) {
+            if let Some(claim) = self.claim(wanted, || false) {
                 return claim;
             }
         }
+    }
+
+    fn granted(&self, id: u64) -> Claim<'_> {
+        Claim { claims: self, id }
     }
 
     /// Does a claim of this thread overlap the range?
     pub fn is_mine(&self, backend: BackendId, pages: FilePages) -> bool {
         let me = thread::current().id();
         self.held.lock().overlaps(backend, pages, |t| t == me)
+    }
+}
+
+/// A place in the queue; dropping it leaves the queue.
+struct Place<'a> {
+    claims: &'a Claims,
+    claim: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut held = self.claims.held.lock();
+        held.waiting.retain(|waiting| waiting.claim != self.claim);
+        // Others may have queued behind it.
+        self.claims.released.notify_all();
     }
 }
 
@@ -189,7 +214,7 @@ mod tests {
         let claims = Claims::default();
         let held = claims.claim(&[(RAM, pages(2, 3))], || true).unwrap();
         let wanted = [(RAM, pages(8, 9)), (RAM, pages(0, 4))];
-        assert!(matches!(claims.claim(&wanted, || true), Err(Interrupted)));
+        assert!(claims.claim(&wanted, || true).is_none());
         drop(held);
         claims.claim(&[(RAM, pages(8, 9))], || true).unwrap();
     }
@@ -208,7 +233,7 @@ mod tests {
             let start = std::time::Instant::now();
             let result = claims.claim(&[(RAM, pages(0, 1))], || true);
             done.store(true, Ordering::SeqCst);
-            assert!(matches!(result, Err(Interrupted)));
+            assert!(result.is_none());
             assert!(start.elapsed() < Duration::from_secs(1));
         });
     }
@@ -222,13 +247,28 @@ mod tests {
             while claims.held.lock().waiting.is_empty() {
                 thread::yield_now();
             }
-            let overtaking = claims.claim(&[(RAM, pages(9, 10))], || true);
-            assert!(matches!(overtaking, Err(Interrupted)));
-            drop(claims.claim(&[(RAM, pages(100, 101))], || true).unwrap());
+            scope.spawn(|| {
+                assert!(claims.claim(&[(RAM, pages(9, 10))], || true).is_none());
+                drop(claims.claim(&[(RAM, pages(100, 101))], || true).unwrap());
+            });
+            // The first one's holder does not wait for those that wait for it.
+            drop(claims.claim(&[(RAM, pages(9, 10))], || true).unwrap());
             drop(small);
             drop(wide.join().unwrap());
         });
         assert!(claims.held.lock().waiting.is_empty());
+    }
+
+    #[test]
+    fn a_panic_of_who_is_asked_leaves_nobody_in_the_queue() {
+        let claims = Claims::default();
+        let held = claims.claim(&[(RAM, pages(0, 1))], || false).unwrap();
+        thread::scope(|scope| {
+            let waiter = || claims.claim(&[(RAM, pages(0, 2))], || panic!("a bug of the user's"));
+            scope.spawn(waiter).join().unwrap_err();
+        });
+        drop(held);
+        assert!(claims.try_claim(&[(RAM, pages(0, 2))]).is_some());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Pins: pages that the host uses through the shared view, which must not become private meanwhile.
 //!
@@ -16,7 +16,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex};
 
 use crate::exclusion::sync::ASK_INTERVAL;
-use crate::pages::closed::{CHUNK, Closed, Part};
+use crate::pages::closed::{CHUNK, Closed, Fragment};
 use crate::pages::ranges::{FilePages, PAGE_SIZE};
 use crate::pages::zeroed::Zeroed;
 
@@ -139,33 +139,33 @@ impl Pins {
     /// Pins pages, whoever may own them. The caller looks afterwards whether any is closed.
     #[inline]
     pub(crate) fn add(&self, pages: FilePages) {
-        match Part::only(pages) {
-            Some(part) => self.add_part(part),
-            None => self.add_parts(Part::of(pages)),
+        match Fragment::only(pages) {
+            Some(fragment) => self.add_fragment(fragment),
+            None => self.add_fragments(Fragment::of(pages)),
         }
         self.pinned.fetch_add(pages.count(), SeqCst);
     }
 
     #[inline]
-    fn add_part(&self, part: Part) {
-        if part.is_whole() {
-            self.whole[part.chunk].fetch_add(1, SeqCst);
+    fn add_fragment(&self, fragment: Fragment) {
+        if fragment.is_whole() {
+            self.whole[fragment.chunk].fetch_add(1, SeqCst);
             return;
         }
-        for page in self.counters(part.pages) {
+        for page in self.counters(fragment.pages) {
             // Each of these pins is a mapping of the host's, which takes more than four bytes.
             page.fetch_add(1, SeqCst);
         }
-        self.parts[part.chunk].fetch_add(1, SeqCst);
+        self.parts[fragment.chunk].fetch_add(1, SeqCst);
     }
 
     /// Takes back a pin of exactly these pages. Nothing is done, and `false` returned, if there
     /// cannot have been one.
     #[inline]
     pub(crate) fn remove(&self, pages: FilePages) -> bool {
-        let removed = match Part::only(pages) {
-            Some(part) => self.remove_part(part),
-            None => self.remove_parts(pages),
+        let removed = match Fragment::only(pages) {
+            Some(fragment) => self.remove_fragment(fragment),
+            None => self.remove_fragments(pages),
         };
         if removed {
             self.removed(pages.count());
@@ -189,27 +189,27 @@ impl Pins {
     }
 
     #[inline(never)]
-    fn remove_parts(&self, pages: FilePages) -> bool {
-        let bad = Part::of(pages).position(|part| !self.remove_part(part));
-        self.add_parts(Part::of(pages).take(bad.unwrap_or(0)));
+    fn remove_fragments(&self, pages: FilePages) -> bool {
+        let bad = Fragment::of(pages).position(|fragment| !self.remove_fragment(fragment));
+        self.add_fragments(Fragment::of(pages).take(bad.unwrap_or(0)));
         bad.is_none()
     }
 
     #[inline(never)]
-    fn add_parts(&self, parts: impl Iterator<Item = Part>) {
-        for part in parts {
-            self.add_part(part);
+    fn add_fragments(&self, fragments: impl Iterator<Item = Fragment>) {
+        for fragment in fragments {
+            self.add_fragment(fragment);
         }
     }
 
     #[inline]
-    fn remove_part(&self, part: Part) -> bool {
-        if part.is_whole() {
-            return take_pin(&self.whole[part.chunk]);
+    fn remove_fragment(&self, fragment: Fragment) -> bool {
+        if fragment.is_whole() {
+            return take_pin(&self.whole[fragment.chunk]);
         }
-        let pages = self.counters(part.pages);
+        let pages = self.counters(fragment.pages);
         let bad = pages.iter().position(|page| !take_page(page));
-        if bad.is_none() && take_pin(&self.parts[part.chunk]) {
+        if bad.is_none() && take_pin(&self.parts[fragment.chunk]) {
             return true;
         }
         self.give_back(&pages[..bad.unwrap_or(pages.len())]);
@@ -225,26 +225,26 @@ impl Pins {
 
     /// The first pinned pages of a range: not always all of those that follow each other.
     pub(crate) fn first_in(&self, pages: FilePages) -> Option<FilePages> {
-        Part::of(pages).find_map(|part| {
-            if self.whole[part.chunk].load(SeqCst) > 0 {
-                return Some(part.pages);
+        Fragment::of(pages).find_map(|fragment| {
+            if self.whole[fragment.chunk].load(SeqCst) > 0 {
+                return Some(fragment.pages);
             }
-            if self.parts[part.chunk].load(SeqCst) == 0 {
+            if self.parts[fragment.chunk].load(SeqCst) == 0 {
                 return None;
             }
             let pinned = |page: &u64| self.pages[*page as usize].load(SeqCst) > 0;
-            let (start, end) = (part.pages.start(), part.pages.end());
+            let (start, end) = (fragment.pages.start(), fragment.pages.end());
             let first = (start..end).find(pinned)?;
             let last = (first..end).find(|page| !pinned(page));
             FilePages::new(first, last.unwrap_or(end))
         })
     }
 
-    /// Waits until no page of a range is pinned, or until the deadline if there is one.
+    /// Waits until no page of a range is pinned, or until the deadline.
     pub(crate) fn wait(
         &self,
         pages: FilePages,
-        deadline: Option<Instant>,
+        deadline: Instant,
         interrupted: impl Fn() -> bool,
     ) -> Waited {
         self.waiting.fetch_add(1, SeqCst);
@@ -254,15 +254,15 @@ impl Pins {
             if interrupted() {
                 break Waited::Interrupted;
             }
-            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                break Waited::TimedOut;
-            }
+            // Before the clock: what is free at the deadline has been waited for.
             if self.first_in(pages).is_none() {
                 break Waited::Unpinned;
             }
-            let pause = left.unwrap_or(ASK_INTERVAL).min(ASK_INTERVAL);
-            self.unpinned.wait_for(&mut lock, pause);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break Waited::TimedOut;
+            }
+            self.unpinned.wait_for(&mut lock, left.min(ASK_INTERVAL));
         };
         drop(lock);
         self.waiting.fetch_sub(1, SeqCst);
@@ -332,7 +332,7 @@ mod tests {
 
         /// Bytes of one page are pinned and unpinned as `add` and `remove` would.
         #[test]
-        fn a_page_is_pinned_where_none_near_it_is_closed(
+        fn a_page_is_pinned_where_no_closed_page_near_it_is_closed(
             offset in 0..(PAGES + 1) * PAGE_SIZE,
             bytes in prop_oneof![0..2 * PAGE_SIZE, Just(u64::MAX)],
             private in range(),
@@ -340,7 +340,7 @@ mod tests {
             let (pins, closed) = (Pins::new(PAGES).unwrap(), Closed::new(PAGES).unwrap());
             closed.close(private);
             let page = FilePages::covering_bytes(offset, bytes)
-                .filter(|page| page.count() == 1 && page.end() <= PAGES && closed.none_near(*page));
+                .filter(|page| page.count() == 1 && page.end() <= PAGES && closed.no_closed_page_near(*page));
             let all = FilePages::new(0, PAGES).unwrap();
             prop_assert_eq!(pins.add_one(&closed, offset, bytes), page.is_some());
             prop_assert_eq!(pins.first_in(all), page);
@@ -360,7 +360,7 @@ mod tests {
             closed.open(pages);
             let near = |a: FilePages| a.start() / CHUNK..a.end().div_ceil(CHUNK);
             let meet = near(asked).any(|chunk| near(more).contains(&chunk));
-            prop_assert_eq!(closed.none_near(asked), !meet);
+            prop_assert_eq!(closed.no_closed_page_near(asked), !meet);
         }
     }
 
@@ -407,7 +407,8 @@ mod tests {
         let pages = FilePages::new(5, 9).unwrap();
         pins.add(pages);
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| pins.wait(pages, None, || false));
+            let waiter = scope
+                .spawn(|| pins.wait(pages, Instant::now() + Duration::from_secs(60), || false));
             while pins.waiting.load(SeqCst) == 0 {
                 std::thread::yield_now();
             }
@@ -417,12 +418,19 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_are_free_at_the_deadline_have_been_waited_for() {
+        let pins = Pins::new(PAGES).unwrap();
+        let pages = FilePages::new(5, 6).unwrap();
+        assert_eq!(pins.wait(pages, Instant::now(), || false), Waited::Unpinned);
+    }
+
+    #[test]
     fn a_wait_for_a_pin_that_stays_times_out_and_can_be_interrupted() {
         let pins = Pins::new(PAGES).unwrap();
         let pages = FilePages::new(5, 6).unwrap();
         pins.add(pages);
         let soon = Instant::now() + Duration::from_millis(20);
-        assert_eq!(pins.wait(pages, Some(soon), || false), Waited::TimedOut);
-        assert_eq!(pins.wait(pages, Some(soon), || true), Waited::Interrupted);
+        assert_eq!(pins.wait(pages, soon, || false), Waited::TimedOut);
+        assert_eq!(pins.wait(pages, soon, || true), Waited::Interrupted);
     }
 }

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The locks that claims are made of: parking_lot's, or, with the feature `shuttle`, ones whose
 //! schedules a test explores.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 use std::ffi::{CStr, c_void};
 use std::os::fd::AsRawFd;
@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::error::guestmemfd_error;
 use super::types::*;
-use super::{Failure, Out, check_ref, guard, guard_value};
+use super::{Arg, Failure, Out, arg, catch, catch_value, wanted};
 use crate::backend::reach::Chunk;
 use crate::backend::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Prefault};
 use crate::pages::ranges::PAGE_SIZE;
@@ -23,16 +23,26 @@ pub unsafe extern "C" fn guestmemfd_backend_new(
     backend: *mut *mut guestmemfd_backend,
     error: *mut guestmemfd_error,
 ) -> i32 {
-    guard(error, || {
-        let vm = check_ref(vm, "vm")?;
-        let out = Out::check(backend, "backend")?;
-        let config = backend_config(check_ref(config, "config")?)?;
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (vm, config, backend, error) = unsafe {
+        (
+            arg(vm, "vm"),
+            arg(config, "config"),
+            Out::new(backend),
+            Out::new(error),
+        )
+    };
+    catch(error, || {
+        let (vm, out, config) = (vm?, wanted(backend, "backend")?, config?);
+        let created = vm.vm.create_backend(backend_config(config)?)?;
+        vm.opaques.insert(created.id(), config.opaque);
         let backend = guestmemfd_backend {
             vm: vm.vm.clone(),
-            backend: vm.vm.create_backend(config)?,
+            backend: created,
+            opaques: vm.opaques.clone(),
             guard: Mutex::default(),
         };
-        out.set(Box::into_raw(Box::new(backend)));
+        out.put(Box::into_raw(Box::new(backend)));
         Ok(())
     })
 }
@@ -41,56 +51,50 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
     if config.id.is_null() {
         return Err(Failure::Null("config.id"));
     }
-    // SAFETY: not NULL; the caller passes a C string.
+    // SAFETY: not NULL; the contract of the header is that it is a C string.
     let name = unsafe { CStr::from_ptr(config.id) };
     let size = config.size;
     if size == 0 {
         return Err(Failure::Argument("can't create backend with size 0".into()));
     }
-    if !size.is_multiple_of(PAGE_SIZE) {
+    if size % PAGE_SIZE != 0 {
         return Err(Failure::Argument(format!(
             "size {size:#x} is not a multiple of {PAGE_SIZE:#x}"
         )));
     }
-    Ok(BackendConfig {
-        name: name.to_string_lossy().into_owned(),
-        size,
-        mode: match config.mode {
-            GUESTMEMFD_MODE_AUTO => None,
-            GUESTMEMFD_MODE_PRIVATE => Some(Mode::Private),
-            GUESTMEMFD_MODE_MAPPED => Some(Mode::Mapped),
-            other => return Err(Failure::Argument(format!("unknown mode {other}"))),
-        },
-        bind: config.bind,
-        discard: match config.discard {
-            GUESTMEMFD_DISCARD_NOW => Discard::Now,
-            GUESTMEMFD_DISCARD_KEEP => Discard::Keep,
-            GUESTMEMFD_DISCARD_COALESCED => Discard::Coalesced,
-            other => {
-                return Err(Failure::Argument(format!("unknown discard policy {other}")));
-            }
-        },
-        start: match config.start_private {
-            true => PageState::Private,
-            false => PageState::Undecided,
-        },
-        lazy: lazy_chunk(config)?,
-        prefault: match config.prefault {
-            GUESTMEMFD_PREFAULT_OFF => Prefault::Off,
-            GUESTMEMFD_PREFAULT_SMALL => Prefault::Small,
-            GUESTMEMFD_PREFAULT_ON => Prefault::On,
-            other => {
-                return Err(Failure::Argument(format!(
-                    "unknown choice {other} of prefault"
-                )));
-            }
-        },
-        convert_timeout: match config.convert_timeout {
-            0 => DEFAULT_CONVERT_TIMEOUT,
-            milliseconds => Duration::from_millis(milliseconds.into()),
-        },
-        tag: config.opaque.expose_provenance(),
-    })
+    let mut wanted = BackendConfig::new(name.to_string_lossy(), size);
+    wanted.mode = match config.mode {
+        GUESTMEMFD_MODE_AUTO => None,
+        GUESTMEMFD_MODE_PRIVATE => Some(Mode::Private),
+        GUESTMEMFD_MODE_MAPPED => Some(Mode::Mapped),
+        other => return Err(unknown("mode", other)),
+    };
+    wanted.bind = config.bind;
+    wanted.discard = match config.discard {
+        GUESTMEMFD_DISCARD_NOW => Discard::Now,
+        GUESTMEMFD_DISCARD_KEEP => Discard::Keep,
+        other => return Err(unknown("discard policy", other)),
+    };
+    wanted.start = match config.start_private {
+        true => PageState::Private,
+        false => PageState::Undecided,
+    };
+    wanted.lazy = lazy_chunk(config)?;
+    wanted.prefault = match config.prefault {
+        GUESTMEMFD_PREFAULT_OFF => Prefault::Off,
+        GUESTMEMFD_PREFAULT_SMALL => Prefault::Small,
+        GUESTMEMFD_PREFAULT_ON => Prefault::On,
+        other => return Err(unknown("choice of prefault", other)),
+    };
+    wanted.convert_timeout = match config.convert_timeout {
+        0 => DEFAULT_CONVERT_TIMEOUT,
+        milliseconds => Duration::from_millis(milliseconds.into()),
+    };
+    Ok(wanted)
+}
+
+fn unknown(what: &str, number: u32) -> Failure {
+    Failure::Argument(format!("unknown {what} {number}"))
 }
 
 fn lazy_chunk(config: &guestmemfd_backend_config) -> Result<Option<Chunk>, Failure> {
@@ -107,22 +111,22 @@ fn lazy_chunk(config: &guestmemfd_backend_config) -> Result<Option<Chunk>, Failu
         GUESTMEMFD_LAZY_AUTO => Ok((!config.start_private).then_some(chunk)),
         GUESTMEMFD_LAZY_ON => Ok(Some(chunk)),
         GUESTMEMFD_LAZY_OFF => Ok(None),
-        other => Err(Failure::Argument(format!(
-            "unknown choice {other} of lazy attributes"
-        ))),
+        other => Err(unknown("choice of lazy attributes", other)),
     }
 }
 
-/// Frees a backend, whose windows must have been removed. NULL is allowed.
+/// Frees a backend, whose windows must have been removed, and closes its files. No other call with this
+/// backend may be under way, and none may follow. NULL is allowed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backend) {
     if backend.is_null() {
         return;
     }
-    guard_value((), || {
+    catch_value((), || {
         // SAFETY: guestmemfd_backend_new() made it; the caller gives it back.
         let backend = unsafe { Box::from_raw(backend) };
         drop(backend.guard.lock().take());
+        backend.opaques.remove(backend.backend.id());
         if let Err(error) = backend.vm.remove_backend(&backend.backend) {
             backend.vm.log_error(&error);
         }
@@ -130,65 +134,85 @@ pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backen
 }
 
 /// The guest_memfd for the KVM slots of bound windows; -1 for a backend that has none
-/// (GUESTMEMFD_MODE_MAPPED without bind). Borrowed: duplicate it to keep it.
+/// (GUESTMEMFD_MODE_MAPPED without bind). Borrowed: guestmemfd_vm_rebind() and
+/// guestmemfd_backend_free() close it. Duplicate it to keep it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_private_fd(backend: *const guestmemfd_backend) -> i32 {
-    match check_ref(backend, "backend") {
-        Ok(checked) if checked.backend.is_bindable() => fd_of(backend, View::Private),
+    // SAFETY: the contract of the header: the pointer is NULL, or valid for the whole call.
+    match unsafe { arg(backend, "backend") } {
+        Ok(backend) if backend.backend.is_bindable() => fd_of(backend, View::Private),
         _ => -1,
     }
 }
 
-/// The file that the host maps. Borrowed: duplicate it to keep it.
+/// The file that the host maps. Borrowed: guestmemfd_backend_free() closes it. Duplicate it to keep it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_shared_fd(backend: *const guestmemfd_backend) -> i32 {
-    fd_of(backend, View::Shared)
+    // SAFETY: the contract of the header: the pointer is NULL, or valid for the whole call.
+    let backend = unsafe { arg(backend, "backend") };
+    backend.map_or(-1, |backend| fd_of(backend, View::Shared))
 }
 
-fn fd_of(backend: *const guestmemfd_backend, view: View) -> i32 {
-    guard_value(-1, || {
-        check_ref(backend, "backend").map_or(-1, |backend| {
-            backend.backend.backing().file(view).fd().as_raw_fd()
-        })
-    })
+fn fd_of(backend: &guestmemfd_backend, view: View) -> i32 {
+    catch_value(-1, || backend.backend.views().file(view).fd().as_raw_fd())
 }
 
 /// Frees both views of some pages; they become undecided. Those of GUESTMEMFD_MODE_MAPPED are freed
-/// and stay shared.
+/// and stay shared. In steps of at most 1 GiB; on an error those before have been done.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn guestmemfd_backend_discard(
+pub unsafe extern "C" fn guestmemfd_backend_free_pages(
     backend: *mut guestmemfd_backend,
     offset: u64,
     size: u64,
     error: *mut guestmemfd_error,
 ) -> i32 {
-    guard(error, || {
-        let backend = check_ref(backend, "backend")?;
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, error) = unsafe { (arg(backend, "backend"), Out::new(error)) };
+    catch(error, || {
+        let backend = backend?;
         let pages = backend.backend.pages_at(offset, size)?;
-        Ok(backend.vm.discard(&backend.backend, pages)?)
+        Ok(backend.vm.free_pages(&backend.backend, pages)?)
     })
 }
 
-/// May the host use all of these bytes (QEMU's RamDiscardSource)? Waits for conversions of them that
-/// other threads have under way. No alignment is needed.
+/// Frees all that is private; those pages become undecided, and what is shared stays: for a reset of a
+/// guest that does not run. Takes the kernel seconds for tens of gigabytes, in steps between which
+/// others get their turn, so call it from a thread that may take them.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn guestmemfd_backend_is_populated(
+pub unsafe extern "C" fn guestmemfd_backend_free_private(
+    backend: *mut guestmemfd_backend,
+    error: *mut guestmemfd_error,
+) -> i32 {
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, error) = unsafe { (arg(backend, "backend"), Out::new(error)) };
+    catch(error, || {
+        let backend = backend?;
+        Ok(backend.vm.free_private(&backend.backend)?)
+    })
+}
+
+/// May the host use all of these bytes (QEMU's RamDiscardSource calls them populated)? Waits for steps
+/// of conversions of them that other threads are in. No alignment is needed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn guestmemfd_backend_host_may_use(
     backend: *const guestmemfd_backend,
     offset: u64,
     size: u64,
 ) -> bool {
-    guard_value(false, || {
-        let Ok(backend) = check_ref(backend, "backend") else {
+    // SAFETY: the contract of the header: the pointer is NULL, or valid for the whole call.
+    let backend = unsafe { arg(backend, "backend") };
+    catch_value(false, || {
+        let Ok(backend) = backend else {
             return false;
         };
         let pages = backend.backend.pages_covering(offset, size);
-        pages.is_ok_and(|pages| backend.vm.is_populated(&backend.backend, pages))
+        pages.is_ok_and(|pages| backend.vm.host_may_use(&backend.backend, pages))
     })
 }
 
 /// Lets the host use these bytes until guestmemfd_backend_unpin(): none of their pages becomes
-/// private meanwhile. -EACCES if one is private. Waits for conversions of them that other threads have
-/// under way, but for nothing else. No alignment is needed.
+/// private meanwhile. -EACCES if one is private. Waits for steps of conversions of them that other
+/// threads are in, but for nothing else. No alignment is needed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_pin(
     backend: *const guestmemfd_backend,
@@ -196,23 +220,24 @@ pub unsafe extern "C" fn guestmemfd_backend_pin(
     size: u64,
     error: *mut guestmemfd_error,
 ) -> i32 {
-    // Most pins. Nothing in it panics, so nothing has to be caught.
-    let one = |backend: &guestmemfd_backend| backend.backend.pin_one(offset, size);
-    match check_ref(backend, "backend").is_ok_and(one) {
-        true => 0,
-        false => pin(backend, offset, size, error),
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, error) = unsafe { (arg(backend, "backend"), Out::new(error)) };
+    match backend {
+        // Most pins. Nothing in it panics, so nothing has to be caught.
+        Ok(backend) if backend.backend.pin_one(offset, size) => 0,
+        backend => pin(backend, offset, size, error),
     }
 }
 
 #[inline(never)]
-extern "C" fn pin(
-    backend: *const guestmemfd_backend,
+fn pin(
+    backend: Arg<'_, guestmemfd_backend>,
     offset: u64,
     size: u64,
-    error: *mut guestmemfd_error,
+    error: Option<Out<'_, guestmemfd_error>>,
 ) -> i32 {
-    guard(error, || {
-        let backend = check_ref(backend, "backend")?;
+    catch(error, || {
+        let backend = backend?;
         let pages = backend.backend.pages_covering(offset, size)?;
         Ok(backend.vm.pin(&backend.backend, pages)?)
     })
@@ -227,30 +252,31 @@ pub unsafe extern "C" fn guestmemfd_backend_unpin(
     size: u64,
     error: *mut guestmemfd_error,
 ) -> i32 {
-    // As for pins.
-    let one = |backend: &guestmemfd_backend| backend.backend.pins.remove_one(offset, size);
-    match check_ref(backend, "backend").is_ok_and(one) {
-        true => 0,
-        false => unpin(backend, offset, size, error),
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, error) = unsafe { (arg(backend, "backend"), Out::new(error)) };
+    match backend {
+        // As for pins.
+        Ok(backend) if backend.backend.unpin_one(offset, size) => 0,
+        backend => unpin(backend, offset, size, error),
     }
 }
 
 #[inline(never)]
-extern "C" fn unpin(
-    backend: *const guestmemfd_backend,
+fn unpin(
+    backend: Arg<'_, guestmemfd_backend>,
     offset: u64,
     size: u64,
-    error: *mut guestmemfd_error,
+    error: Option<Out<'_, guestmemfd_error>>,
 ) -> i32 {
-    guard(error, || {
-        let backend = &check_ref(backend, "backend")?.backend;
+    catch(error, || {
+        let backend = &backend?.backend;
         Ok(backend.unpin(backend.pages_covering(offset, size)?)?)
     })
 }
 
 /// Guards private bytes, until the backend is freed, against accesses that go around every check:
 /// guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
-/// file. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
+/// file, and keeps it mapped until the backend is freed. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
 /// and without userfaultfd.
 ///
 /// A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
@@ -262,13 +288,17 @@ pub unsafe extern "C" fn guestmemfd_backend_guard(
     host: *mut c_void,
     error: *mut guestmemfd_error,
 ) -> i32 {
-    guard(error, || {
-        let backend = check_ref(backend, "backend")?;
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, error) = unsafe { (arg(backend, "backend"), Out::new(error)) };
+    catch(error, || {
+        let backend = backend?;
         let mut guard = backend.guard.lock();
         if guard.is_some() {
             return Err(Failure::Argument("the backend has a guard already".into()));
         }
-        *guard = Some(backend.vm.guard(&backend.backend, host.addr())?);
+        // SAFETY: the contract of the header: the mapping is there until the backend is freed, and so
+        // is the guard.
+        *guard = Some(unsafe { backend.vm.guard(&backend.backend, host.addr()) }?);
         Ok(())
     })
 }
@@ -278,8 +308,10 @@ pub unsafe extern "C" fn guestmemfd_backend_guard(
 pub unsafe extern "C" fn guestmemfd_backend_watch_latency(
     backend: *const guestmemfd_backend,
 ) -> i32 {
-    guard(std::ptr::null_mut(), || {
-        check_ref(backend, "backend")?.backend.watch_latency();
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let backend = unsafe { arg(backend, "backend") };
+    catch(None, || {
+        backend?.backend.watch_latency();
         Ok(())
     })
 }
@@ -290,12 +322,13 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
     backend: *const guestmemfd_backend,
     stats: *mut guestmemfd_stats,
 ) -> i32 {
-    guard(std::ptr::null_mut(), || {
-        let backend = &check_ref(backend, "backend")?.backend;
-        let out = Out::check(stats, "stats")?;
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, stats) = unsafe { (arg(backend, "backend"), Out::new(stats)) };
+    catch(None, || {
+        let (backend, out) = (&backend?.backend, wanted(stats, "stats")?);
         let stats = backend.stats();
         let bytes = |state: PageState| stats.state_bytes[state as usize];
-        out.set(guestmemfd_stats {
+        out.put(guestmemfd_stats {
             size: backend.config().size,
             undecided_bytes: bytes(PageState::Undecided),
             shared_bytes: bytes(PageState::Shared),
@@ -306,7 +339,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             conversions_to_shared: stats.conversions_to_shared,
             converted_to_private_bytes: stats.converted_to_private,
             converted_to_shared_bytes: stats.converted_to_shared,
-            converted_along_bytes: stats.converted_along,
+            converted_neighbour_bytes: stats.converted_neighbours,
             hypercalls: stats.hypercalls,
             faults_private: stats.faults_private,
             faults_shared: stats.faults_shared,
@@ -314,7 +347,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             waits: stats.waits,
             stray_accesses: stats.strays,
             pinned_bytes: stats.pinned,
-            unpunched_bytes: stats.unpunched,
+            owed_hole_bytes: stats.owed_holes,
             mode: mode_number(backend.mode()),
             discard: discard_number(backend.config().discard),
             lazy_chunk: backend.config().lazy.map_or(0, Chunk::bytes),
@@ -338,11 +371,16 @@ pub unsafe extern "C" fn guestmemfd_backend_map(
     next: *mut u64,
     error: *mut guestmemfd_error,
 ) -> i32 {
-    guard(error, || {
-        let backend = &check_ref(backend, "backend")?.backend;
-        let room = *check_ref(count, "count")?;
-        let (count, next) = (Out::check(count, "count")?, Out::check(next, "next")?);
-        let runs = Out::check(runs, "runs")?;
+    // SAFETY: the contract of the header: each pointer is NULL, or valid for the whole call.
+    let (backend, room) = unsafe { (arg(backend, "backend"), arg(count, "count").copied()) };
+    // SAFETY: as above; the room was read before.
+    let (runs, count) = unsafe { (Out::new(runs), Out::new(count)) };
+    // SAFETY: as above.
+    let (next, error) = unsafe { (Out::new(next), Out::new(error)) };
+    catch(error, || {
+        let (backend, room) = (&backend?.backend, room?);
+        let (count, next) = (wanted(count, "count")?, wanted(next, "next")?);
+        let runs = wanted(runs, "runs")?;
         if room == 0 {
             return Err(Failure::Argument("count is 0, no room for a run".into()));
         }
@@ -356,8 +394,9 @@ pub unsafe extern "C" fn guestmemfd_backend_map(
             state: state_number(state),
         });
         let end = map.rest.map_or(offset + size, |rest| rest.start_bytes());
-        count.set(runs.set_many(found));
-        next.set(end);
+        // SAFETY: the map has at most `room` runs, for which the header asks for room.
+        count.put(unsafe { runs.put_all(found) });
+        next.put(end);
         Ok(())
     })
 }

@@ -1,57 +1,69 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::raw::{c_char, c_void};
+use std::ptr;
+use std::sync::Arc;
 
-use super::types::guestmemfd_stray;
-use crate::backend::Backend;
+use parking_lot::RwLock;
+
+use super::types::{guestmemfd_stray, guestmemfd_view, view_number};
+use crate::backend::{Backend, BackendId};
 use crate::error::Error;
-use crate::guard::Stray;
-use crate::listener::{Level, Listener};
+use crate::listener::{Level, Listener, Stray};
 use crate::pages::ranges::{FilePages, GuestPages};
 use crate::pages::states::View;
 
-/// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). All are called from
-/// the thread that entered the library, but for stray, and for log with what a guard has to say; every
-/// one but `gap` may be NULL. None may ask for a conversion, a discard or a change of windows.
+/// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). Every one but `gap`
+/// may be NULL.
 ///
-/// begin and end bracket every conversion and discard. begin comes before any claim is taken, so it
-/// is the place for a lock that populate and discard need (in QEMU, the BQL): a thread that holds
-/// such a lock may itself wait for a claim. Between the two, nobody may start to depend on populate
-/// and discard who did not when begin answered.
+/// All are called from the thread that entered the library, but for stray, and for log with what a
+/// guard has to say. None may ask for a conversion, free pages or change the windows: that fails with
+/// -EDEADLK. Pins and questions are allowed, but not of bytes that another request may be moving,
+/// which would wait for it.
+///
+/// begin and end bracket every step of a conversion, and of what frees pages. begin comes before any
+/// claim is taken, so it is the place for a lock that map and unmap need (in QEMU, the BQL): a thread
+/// that holds such a lock may itself wait for a claim. Register those who are told by map and unmap
+/// before begin answers: one that comes later is not told of this step.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct guestmemfd_callbacks {
-    /// Passed to all but populate, discard and stray.
+    /// Passed to all but map, unmap, revoke and stray.
     pub opaque: *mut c_void,
-    /// A request begins. Are populate and discard to be called in it? If so, a private touch decides its
-    /// own page alone even with lazy attributes: the bytes around it may be in use.
+    /// A step begins. Are map and unmap to be called in it? If so, a private touch decides its own page
+    /// alone even with lazy attributes: the bytes around it may be in use.
     pub begin: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
     /// It is over; `listeners` is what begin answered.
     pub end: Option<unsafe extern "C" fn(opaque: *mut c_void, listeners: bool)>,
     /// The host can use the bytes from now on; 0, or -errno to leave them private.
-    pub populate:
+    pub map:
         Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64) -> i32>,
     /// The bytes are about to become private: let go of them.
-    pub discard: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
+    pub unmap: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
+    /// The bytes are to become private, and some are pinned. Whoever can do without lets go of its pins
+    /// now, or soon: the request waits for those that stay. Called with no claim held, and not between
+    /// begin and end.
+    pub revoke: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
     /// A hypercall has made the range private, and guestmemfd_backend_config.prefault asks that it
     /// be allocated now. Called after end, by the thread that serves the hypercall.
     pub prefault: Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64)>,
     /// May a part of a request that no backend owns take part in it? 0, or -errno to refuse.
     pub gap: Option<
-        unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to_private: bool) -> i32,
+        unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to: guestmemfd_view) -> i32,
     >,
-    /// The kernel, pins or a refusing populate kept a request of the guest's from being served. Nothing
-    /// has changed. Called after end; a guest can cause it as often as it likes. `id` is that of the
-    /// backend that the range begins in, or NULL.
+    /// The kernel, pins or a refusing map kept a request of the guest's from being served. Earlier steps
+    /// of it have taken effect. Called after end; a guest can cause it as often as it likes. `id` is that
+    /// of the backend that the range begins in, or NULL.
     pub failed: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,
             id: *const c_char,
             gpa: u64,
             size: u64,
-            to_private: bool,
+            to: guestmemfd_view,
             message: *const c_char,
         ),
     >,
@@ -60,14 +72,38 @@ pub struct guestmemfd_callbacks {
     /// the other may hold, touch guest memory, or free the backend.
     pub stray:
         Option<unsafe extern "C" fn(backend_opaque: *mut c_void, stray: *const guestmemfd_stray)>,
-    /// Should a thread that waits for a claim give up (-EINTR)?
+    /// Should a thread that waits, or has a part of a request still to do, give up (-EINTR)?
     pub interrupted: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
     /// A line for the user; level 0 is an error, 1 a warning.
     pub log: Option<unsafe extern "C" fn(opaque: *mut c_void, level: u32, message: *const c_char)>,
 }
 
+/// What C passed for each backend, to get it back in callbacks.
+#[derive(Debug, Default)]
+pub(super) struct Opaques(RwLock<BTreeMap<BackendId, usize>>);
+
+impl Opaques {
+    /// Before the guest sees the backend, and so before there is a callback.
+    pub(super) fn insert(&self, backend: BackendId, opaque: *mut c_void) {
+        let opaque = opaque.expose_provenance();
+        self.0.write().insert(backend, opaque);
+    }
+
+    pub(super) fn remove(&self, backend: BackendId) {
+        self.0.write().remove(&backend);
+    }
+
+    fn get(&self, backend: &Backend) -> *mut c_void {
+        let opaque = self.0.read().get(&backend.id()).copied();
+        opaque.map_or(ptr::null_mut(), ptr::with_exposed_provenance_mut)
+    }
+}
+
 /// The callbacks as a listener.
-pub(super) struct CListener(guestmemfd_callbacks);
+pub(super) struct CListener {
+    callbacks: guestmemfd_callbacks,
+    opaques: Arc<Opaques>,
+}
 
 // SAFETY: the user promises that its functions may be called, with its opaque pointer, from every
 // thread that enters the library; the struct itself is never written.
@@ -76,16 +112,12 @@ unsafe impl Send for CListener {}
 unsafe impl Sync for CListener {}
 
 impl CListener {
-    pub(super) fn new(callbacks: guestmemfd_callbacks) -> Self {
-        Self(callbacks)
+    pub(super) fn new(callbacks: guestmemfd_callbacks, opaques: Arc<Opaques>) -> Self {
+        Self { callbacks, opaques }
     }
 }
 
 const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
-
-fn opaque_of(backend: &Backend) -> *mut c_void {
-    std::ptr::with_exposed_provenance_mut(backend.config().tag)
-}
 
 fn check(result: i32) -> io::Result<()> {
     match result {
@@ -103,57 +135,84 @@ fn check(result: i32) -> io::Result<()> {
 impl Listener for CListener {
     fn begin(&self) -> bool {
         // SAFETY: a function of the user's with the arguments that the header promises it; so below.
-        self.0
+        self.callbacks
             .begin
-            .is_some_and(|begin| unsafe { begin(self.0.opaque) })
+            .is_some_and(|begin| unsafe { begin(self.callbacks.opaque) })
     }
 
     fn end(&self, told: bool) {
-        if let Some(end) = self.0.end {
+        if let Some(end) = self.callbacks.end {
             // SAFETY: see begin.
-            unsafe { end(self.0.opaque, told) }
+            unsafe { end(self.callbacks.opaque, told) }
         }
     }
 
-    fn populate(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
-        let Some(populate) = self.0.populate else {
+    fn map(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
+        let Some(map) = self.callbacks.map else {
             return Ok(());
         };
         // SAFETY: see begin.
-        check(unsafe { populate(opaque_of(backend), pages.start_bytes(), pages.bytes()) })
+        check(unsafe {
+            map(
+                self.opaques.get(backend),
+                pages.start_bytes(),
+                pages.bytes(),
+            )
+        })
     }
 
-    fn discard(&self, backend: &Backend, pages: FilePages) {
-        if let Some(discard) = self.0.discard {
+    fn unmap(&self, backend: &Backend, pages: FilePages) {
+        if let Some(unmap) = self.callbacks.unmap {
             // SAFETY: see begin.
-            unsafe { discard(opaque_of(backend), pages.start_bytes(), pages.bytes()) }
+            unsafe {
+                unmap(
+                    self.opaques.get(backend),
+                    pages.start_bytes(),
+                    pages.bytes(),
+                )
+            }
+        }
+    }
+
+    fn revoke(&self, backend: &Backend, pages: FilePages) {
+        if let Some(revoke) = self.callbacks.revoke {
+            // SAFETY: see begin.
+            unsafe {
+                revoke(
+                    self.opaques.get(backend),
+                    pages.start_bytes(),
+                    pages.bytes(),
+                )
+            }
         }
     }
 
     fn prefault(&self, guest: GuestPages) {
-        if let Some(prefault) = self.0.prefault {
+        if let Some(prefault) = self.callbacks.prefault {
             // SAFETY: see begin.
-            unsafe { prefault(self.0.opaque, guest.start_bytes(), guest.bytes()) }
+            unsafe { prefault(self.callbacks.opaque, guest.start_bytes(), guest.bytes()) }
         }
     }
 
     fn gap(&self, guest: GuestPages, to: View) -> io::Result<()> {
-        let Some(gap) = self.0.gap else {
+        let Some(gap) = self.callbacks.gap else {
             return Err(rustix::io::Errno::INVAL.into());
         };
         let (gpa, size) = (guest.start_bytes(), guest.bytes());
         // SAFETY: see begin.
-        check(unsafe { gap(self.0.opaque, gpa, size, to == View::Private) })
+        check(unsafe { gap(self.callbacks.opaque, gpa, size, view_number(to)) })
     }
 
     fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, error: &Error) {
         let id = backend.and_then(|backend| CString::new(backend.config().name.as_str()).ok());
         let id = id.as_deref().map_or(std::ptr::null(), CStr::as_ptr);
         let (gpa, size) = (guest.start_bytes(), guest.bytes());
-        if let (Some(failed), Ok(message)) = (self.0.failed, CString::new(error.to_string())) {
-            let (opaque, private) = (self.0.opaque, to == View::Private);
+        if let (Some(failed), Ok(message)) =
+            (self.callbacks.failed, CString::new(error.to_string()))
+        {
+            let (opaque, to) = (self.callbacks.opaque, view_number(to));
             // SAFETY: see begin; the strings live until the function returns.
-            unsafe { failed(opaque, id, gpa, size, private, message.as_ptr()) }
+            unsafe { failed(opaque, id, gpa, size, to, message.as_ptr()) }
         }
     }
 
@@ -164,17 +223,17 @@ impl Listener for CListener {
             gpa: stray.gpa.unwrap_or(u64::MAX),
             thread: stray.thread.unwrap_or(0),
         };
-        if let Some(stray) = self.0.stray {
+        if let Some(stray) = self.callbacks.stray {
             // SAFETY: see begin; the structure lives until the function returns.
-            unsafe { stray(opaque_of(backend), &raw const seen) }
+            unsafe { stray(self.opaques.get(backend), &raw const seen) }
         }
     }
 
     fn interrupted(&self) -> bool {
-        self.0
+        self.callbacks
             .interrupted
             // SAFETY: see begin.
-            .is_some_and(|interrupted| unsafe { interrupted(self.0.opaque) })
+            .is_some_and(|interrupted| unsafe { interrupted(self.callbacks.opaque) })
     }
 
     fn log(&self, level: Level, message: &str) {
@@ -182,9 +241,9 @@ impl Listener for CListener {
             Level::Error => 0,
             Level::Warning => 1,
         };
-        if let (Some(log), Ok(message)) = (self.0.log, CString::new(message)) {
+        if let (Some(log), Ok(message)) = (self.callbacks.log, CString::new(message)) {
             // SAFETY: see begin; the string lives until the function returns.
-            unsafe { log(self.0.opaque, level, message.as_ptr()) }
+            unsafe { log(self.callbacks.opaque, level, message.as_ptr()) }
         }
     }
 }

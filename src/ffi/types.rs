@@ -1,28 +1,41 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 use std::os::raw::{c_char, c_void};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::callbacks::Opaques;
 use crate::backend::stats::LATENCY_BUCKETS;
 use crate::backend::{Backend, Discard};
-use crate::guard::Guard;
-use crate::pages::states::PageState;
+use crate::guard::StrayGuard;
+use crate::pages::states::{PageState, View};
 use crate::views::Mode;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 7;
+pub const GUESTMEMFD_ABI: u32 = 8;
 
-/// A flag of guestmemfd_vm_add_window(): the section is read-only or dirty-logged, so its KVM slot
-/// cannot carry a guest_memfd.
-pub const GUESTMEMFD_WINDOW_UNBINDABLE: u32 = 1;
+/// One of the two views of a page: one of GUESTMEMFD_VIEW_*.
+pub type guestmemfd_view = u32;
+/// Host and guest use it.
+pub const GUESTMEMFD_VIEW_SHARED: guestmemfd_view = 0;
+/// Only the guest does.
+pub const GUESTMEMFD_VIEW_PRIVATE: guestmemfd_view = 1;
+
+/// Which views can appear in a window: one of GUESTMEMFD_BINDING_*.
+pub type guestmemfd_binding = u32;
+/// The shared view alone: its KVM slot does not carry the guest_memfd. So it must be where the section
+/// is read-only or dirty-logged.
+pub const GUESTMEMFD_BINDING_UNBOUND: guestmemfd_binding = 0;
+/// Both: its KVM slot carries the guest_memfd.
+pub const GUESTMEMFD_BINDING_BOUND: guestmemfd_binding = 1;
 
 /// A virtual machine: its owner, and where pages of its backends appear.
 #[derive(Debug)]
 pub struct guestmemfd_vm {
     pub(super) vm: Arc<Vm>,
+    pub(super) opaques: Arc<Opaques>,
 }
 
 /// Guest memory of one size: one object of QEMU's.
@@ -30,8 +43,15 @@ pub struct guestmemfd_vm {
 pub struct guestmemfd_backend {
     pub(super) vm: Arc<Vm>,
     pub(super) backend: Arc<Backend>,
-    pub(super) guard: Mutex<Option<Guard>>,
+    pub(super) opaques: Arc<Opaques>,
+    pub(super) guard: Mutex<Option<StrayGuard>>,
 }
+
+const _: () = {
+    const fn from_any_thread<T: Send + Sync>() {}
+    from_any_thread::<guestmemfd_vm>();
+    from_any_thread::<guestmemfd_backend>();
+};
 
 /// How a backend keeps its pages: one of GUESTMEMFD_MODE_*.
 pub type guestmemfd_mode = u32;
@@ -48,8 +68,6 @@ pub type guestmemfd_discard = u32;
 pub const GUESTMEMFD_DISCARD_NOW: guestmemfd_discard = 0;
 /// It is not freed.
 pub const GUESTMEMFD_DISCARD_KEEP: guestmemfd_discard = 1;
-/// Its hole is punched with others next to it, by a thread of the library.
-pub const GUESTMEMFD_DISCARD_COALESCED: guestmemfd_discard = 2;
 
 /// Does a private touch of an undecided page decide the pages around it: one of GUESTMEMFD_LAZY_*.
 pub type guestmemfd_lazy = u32;
@@ -134,7 +152,7 @@ pub struct guestmemfd_backend_config {
     /// How many milliseconds a request waits for pages that are to become private but are pinned; 0
     /// stands for a second.
     pub convert_timeout: u32,
-    /// Passed to guestmemfd_callbacks.populate, discard and stray.
+    /// Passed to guestmemfd_callbacks.map, unmap, revoke and stray.
     pub opaque: *mut c_void,
 }
 
@@ -162,8 +180,8 @@ pub struct guestmemfd_stats {
     pub converted_to_private_bytes: u64,
     /// Bytes moved to the shared view.
     pub converted_to_shared_bytes: u64,
-    /// Bytes that lazy attributes made private along with others that were asked for.
-    pub converted_along_bytes: u64,
+    /// Bytes that lazy attributes made private as neighbours of what was touched.
+    pub converted_neighbour_bytes: u64,
     /// Requests by hypercall, refused ones too.
     pub hypercalls: u64,
     /// Memory faults that asked for the private view.
@@ -178,8 +196,9 @@ pub struct guestmemfd_stats {
     pub stray_accesses: u64,
     /// Bytes of all pins.
     pub pinned_bytes: u64,
-    /// Bytes whose hole is still to be punched.
-    pub unpunched_bytes: u64,
+    /// Bytes whose hole the kernel has refused to punch, and that is punched before they are exposed
+    /// again.
+    pub owed_hole_bytes: u64,
     /// How the backend keeps its pages; never GUESTMEMFD_MODE_AUTO.
     pub mode: guestmemfd_mode,
     /// Discard policy.
@@ -218,6 +237,12 @@ pub(super) fn discard_number(discard: Discard) -> guestmemfd_discard {
     match discard {
         Discard::Now => GUESTMEMFD_DISCARD_NOW,
         Discard::Keep => GUESTMEMFD_DISCARD_KEEP,
-        Discard::Coalesced => GUESTMEMFD_DISCARD_COALESCED,
+    }
+}
+
+pub(super) fn view_number(view: View) -> guestmemfd_view {
+    match view {
+        View::Shared => GUESTMEMFD_VIEW_SHARED,
+        View::Private => GUESTMEMFD_VIEW_PRIVATE,
     }
 }

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Guards: threads that catch accesses to private pages which go around every check.
 //!
@@ -15,7 +15,9 @@ mod userfault;
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -27,12 +29,10 @@ use crate::backend::{Backend, Discard};
 use crate::error::{Error, Result};
 use crate::guard::userfault::{Fault, Userfault};
 use crate::listener::Level;
-pub use crate::listener::Stray;
+use crate::listener::Stray;
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
-use crate::views::Mode;
 use crate::vm::Vm;
-use crate::vm::worker;
 
 /// How long a thread has to make the access that it was caught in, before the page is given back.
 const GIVE_BACK: Duration = Duration::from_millis(100);
@@ -51,7 +51,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 /// A running guard; it ends when this is dropped.
 #[derive(Debug)]
-pub struct Guard {
+pub struct StrayGuard {
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -63,12 +63,21 @@ impl Vm {
     /// # Errors
     /// [`Error::Unsupported`] where nothing is private, where memory starts private, where pages keep
     /// their data when they become private ([`Discard::Keep`]), and where userfaultfd is not to be had.
-    pub fn guard(self: &Arc<Self>, backend: &Arc<Backend>, address: usize) -> Result<Guard> {
+    ///
+    /// # Safety
+    /// This process has mapped all of the shared file at `address`, and keeps it mapped as long as the
+    /// guard lives.
+    #[allow(unsafe_code)] // a contract of the caller's; nothing here is unsafe
+    pub unsafe fn guard(
+        self: &Arc<Self>,
+        backend: &Arc<Backend>,
+        address: usize,
+    ) -> Result<StrayGuard> {
         let refused = |found: String| Error::Unsupported {
             wanted: format!("a guard for backend '{}'", backend.config().name),
             found,
         };
-        if backend.mode() == Mode::Mapped {
+        if !backend.mode().has_private_pages() {
             return Err(refused(
                 "the host maps all memory of this guest, nothing is private".into(),
             ));
@@ -82,7 +91,7 @@ impl Vm {
         }
         if backend.config().discard == Discard::Keep {
             return Err(refused(
-                "discard=keep leaves data where pages were; use now or coalesced".into(),
+                "discard=keep leaves data where pages were; use now".into(),
             ));
         }
         let faults = Userfault::new(address, backend.config().size).map_err(|error| {
@@ -91,7 +100,7 @@ impl Vm {
                  to /dev/userfaultfd or vm.unprivileged_userfaultfd=1"
             ))
         })?;
-        let failed = |source| Error::Worker { source };
+        let failed = |source| Error::Thread { source };
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let stop = Arc::new(stop);
         let watch = Watch {
@@ -104,15 +113,15 @@ impl Vm {
             swept: Instant::now(),
             complained: None,
         };
-        let thread = worker::spawn("guestmemfd-guard", move || watch.run()).map_err(failed)?;
-        Ok(Guard {
+        let thread = spawn("guestmemfd-guard", move || watch.run()).map_err(failed)?;
+        Ok(StrayGuard {
             stop,
             thread: Some(thread),
         })
     }
 }
 
-impl Drop for Guard {
+impl Drop for StrayGuard {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             // An eventfd that nobody else writes to has room for this.
@@ -121,6 +130,25 @@ impl Drop for Guard {
             let _ = thread.join();
         }
     }
+}
+
+/// Starts a thread without signals: those are the program's, and its own threads must get them.
+#[allow(unsafe_code)] // pthread_sigmask()
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    let mut all = MaybeUninit::uninit();
+    let mut before = MaybeUninit::uninit();
+    // SAFETY: sigfillset() fills what it is given, pthread_sigmask() reads the one and fills the other.
+    let blocked = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr())
+    };
+    if blocked != 0 {
+        return Err(io::Error::from_raw_os_error(blocked));
+    }
+    let started = std::thread::Builder::new().name(name.into()).spawn(body);
+    // SAFETY: the call above has filled it, and has not failed.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut()) };
+    started
 }
 
 /// What the guard's thread has.
@@ -183,7 +211,7 @@ impl Watch {
     }
 
     fn state(&self, page: u64) -> PageState {
-        self.backend.states.lock().get(page)
+        self.backend.state(page)
     }
 
     fn serve(&mut self, fault: Fault) {
@@ -280,12 +308,8 @@ impl Watch {
         let Some(claim) = self.vm.claims.try_claim(&wanted) else {
             return;
         };
-        let owed = self.backend.first_unpunched(pages, View::Shared);
-        if owed.is_some()
-            || !self
-                .backend
-                .all_in(pages, |state| state == PageState::Private)
-        {
+        let owed = self.backend.first_owed_hole(pages, View::Shared);
+        if owed.is_some() || self.backend.first_run(pages) != (pages, PageState::Private) {
             return;
         }
         let mut strange = self

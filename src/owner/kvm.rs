@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The KVM owner, over a VM that somebody else opened and runs.
 #![allow(unsafe_code)] // file descriptors that C code and ioctls return as plain numbers

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! An owner without a hypervisor: it remembers attributes and keeps private pages in a memfd. For
 //! tests, and for machines without KVM.

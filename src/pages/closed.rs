@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Which chunks of a backend have pages that the host may not use, for readers that take no lock.
 
@@ -11,29 +11,29 @@ use crate::pages::zeroed::Zeroed;
 /// Pages of a chunk: 4 MiB.
 pub(crate) const CHUNK: u64 = 1024;
 
-/// A range's part of a chunk.
+/// What a range has of a chunk.
 #[derive(Clone, Copy)]
-pub(crate) struct Part {
+pub(crate) struct Fragment {
     pub(crate) chunk: usize,
     pub(crate) pages: FilePages,
 }
 
-impl Part {
-    /// The parts that make up a range.
-    pub(crate) fn of(pages: FilePages) -> impl Iterator<Item = Part> + Clone {
+impl Fragment {
+    /// The fragments that make up a range.
+    pub(crate) fn of(pages: FilePages) -> impl Iterator<Item = Fragment> + Clone {
         (pages.start() / CHUNK..pages.end().div_ceil(CHUNK)).filter_map(move |chunk| {
             let whole = FilePages::new(chunk * CHUNK, (chunk + 1) * CHUNK)?;
-            Some(Part {
+            Some(Fragment {
                 chunk: chunk as usize,
                 pages: whole.intersection(pages)?,
             })
         })
     }
 
-    /// The part that a range is, if it lies in one chunk. Nearly all do.
-    pub(crate) fn only(pages: FilePages) -> Option<Part> {
+    /// The fragment that a range is, if it lies in one chunk. Nearly all do.
+    pub(crate) fn only(pages: FilePages) -> Option<Fragment> {
         let chunk = pages.start() / CHUNK;
-        (pages.end() <= (chunk + 1) * CHUNK).then_some(Part {
+        (pages.end() <= (chunk + 1) * CHUNK).then_some(Fragment {
             chunk: chunk as usize,
             pages,
         })
@@ -56,24 +56,46 @@ impl Closed {
 
     /// The host may not use these pages any more.
     pub(crate) fn close(&self, pages: FilePages) {
-        for part in Part::of(pages) {
-            self.0[part.chunk].fetch_add(part.pages.count() as u32, SeqCst);
+        for fragment in Fragment::of(pages) {
+            self.0[fragment.chunk].fetch_add(fragment.pages.count() as u32, SeqCst);
         }
     }
 
     /// The host may use these pages again.
     pub(crate) fn open(&self, pages: FilePages) {
-        for part in Part::of(pages) {
-            self.0[part.chunk].fetch_sub(part.pages.count() as u32, SeqCst);
+        for fragment in Fragment::of(pages) {
+            self.0[fragment.chunk].fetch_sub(fragment.pages.count() as u32, SeqCst);
+        }
+    }
+
+    /// Some pages of a chunk, wherever they lie in it, are not the host's any more.
+    pub(crate) fn close_in(&self, chunk: usize, pages: u32) {
+        self.0[chunk].fetch_add(pages, SeqCst);
+    }
+
+    /// Some pages of a chunk, wherever they lie in it, are the host's again.
+    pub(crate) fn open_in(&self, chunk: usize, pages: u32) {
+        self.0[chunk].fetch_sub(pages, SeqCst);
+    }
+
+    /// All pages are closed, or all are open.
+    pub(crate) fn set_all(&self, all: FilePages, closed: bool) {
+        for fragment in Fragment::of(all) {
+            let count = if closed {
+                fragment.pages.count() as u32
+            } else {
+                0
+            };
+            self.0[fragment.chunk].store(count, SeqCst);
         }
     }
 
     /// Are all pages of the chunks that these lie in open?
-    pub(crate) fn none_near(&self, pages: FilePages) -> bool {
-        let is_open = |part: Part| self.0[part.chunk].load(SeqCst) == 0;
-        match Part::only(pages) {
-            Some(part) => is_open(part),
-            None => Part::of(pages).all(is_open),
+    pub(crate) fn no_closed_page_near(&self, pages: FilePages) -> bool {
+        let is_open = |fragment: Fragment| self.0[fragment.chunk].load(SeqCst) == 0;
+        match Fragment::only(pages) {
+            Some(fragment) => is_open(fragment),
+            None => Fragment::of(pages).all(is_open),
         }
     }
 

@@ -1,8 +1,9 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Pages: ranges of them, sets of them, and the state of each. Pure: no lock, no system call but the
 //! mapping that a bitmap lives in.
 
+pub(crate) mod bitmap;
 pub(crate) mod closed;
 pub mod ranges;
 pub mod set;

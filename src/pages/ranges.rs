@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Ranges of pages, in guest physical space and in a backend, with checked arithmetic.
 //!
@@ -15,6 +15,10 @@ const PAGE_SHIFT: u32 = 12;
 
 /// Page numbers lie below this: byte addresses are 64 bits wide.
 const PAGE_LIMIT: u64 = 1 << (64 - PAGE_SHIFT);
+
+/// Which VM of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct VmId(pub(crate) u64);
 
 /// Which backend of its VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,8 +65,8 @@ pub enum RangeError {
     },
 }
 
-/// A list of what a request is about: mostly one thing, for which it needs no allocation.
-pub(crate) type Few<T> = smallvec::SmallVec<[T; 1]>;
+/// A list of what a step is about: mostly one thing, for which it needs no allocation.
+pub(crate) type SmallList<T> = smallvec::SmallVec<[T; 1]>;
 
 /// A range of pages in one space: not empty, half open, in page numbers.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,7 +89,7 @@ impl<S> Pages<S> {
 
     /// From bytes: both numbers must be multiples of [`PAGE_SIZE`].
     pub fn from_bytes(start: u64, size: u64) -> Result<Self, RangeError> {
-        if !start.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
+        if start % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
             return Err(RangeError::Unaligned { start, size });
         }
         if size == 0 {
@@ -161,6 +165,32 @@ impl<S> Pages<S> {
         (self.end == next.start).then_some(Self {
             end: next.end,
             ..self
+        })
+    }
+
+    /// The first pages of the range, at most `count`, which is not 0.
+    pub(crate) fn first(self, count: u64) -> Self {
+        Self {
+            end: self.end.min(self.start.saturating_add(count.max(1))),
+            ..self
+        }
+    }
+
+    /// The pages behind the first `count`; `None` if there are none.
+    pub(crate) fn without_first(self, count: u64) -> Option<Self> {
+        Self::new(self.start.saturating_add(count), self.end)
+    }
+
+    /// The range in pieces of at most `count` pages, which is not 0.
+    pub(crate) fn pieces(self, count: u64) -> impl Iterator<Item = Self>
+    where
+        S: Copy,
+    {
+        let mut rest = Some(self);
+        std::iter::from_fn(move || {
+            let piece = rest?.first(count);
+            rest = rest?.without_first(piece.count());
+            Some(piece)
         })
     }
 

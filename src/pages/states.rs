@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The state of every page of a backend: two bitmaps, and counters that are kept as bits change.
 //!
@@ -9,11 +9,9 @@
 //! | 0 | 1 | private |
 //! | 1 | 1 | in transition |
 
-use bitvec::prelude::*;
-
-use crate::pages::closed::Closed;
+use crate::pages::bitmap::{Bitmap, WORD};
+use crate::pages::closed::{CHUNK, Closed};
 use crate::pages::ranges::FilePages;
-use crate::pages::zeroed::Zeroed;
 
 /// One of the two views of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +23,9 @@ pub enum View {
 }
 
 impl View {
+    /// The two.
+    pub const BOTH: [View; 2] = [View::Shared, View::Private];
+
     /// The other one.
     pub fn other(self) -> Self {
         match self {
@@ -146,8 +147,7 @@ impl PageStates {
     /// If there is no such page.
     pub fn get(&self, page: u64) -> PageState {
         assert!(page < self.pages, "there is no page {page}");
-        let page = page as usize;
-        PageState::from_bits(self.shared.bits()[page], self.private.bits()[page])
+        PageState::from_bits(self.shared.get(page), self.private.get(page))
     }
 
     /// Moves a run of pages, all in state `from`, to state `to`.
@@ -162,10 +162,10 @@ impl PageStates {
         );
         let ((old_shared, old_private), (shared, private)) = (from.bits(), to.bits());
         if old_shared != shared {
-            fill(self.shared.bits_mut(), run, shared);
+            self.shared.fill(run, shared);
         }
         if old_private != private {
-            fill(self.private.bits_mut(), run, private);
+            self.private.fill(run, private);
         }
         self.counts[from as usize] -= run.count();
         self.counts[to as usize] += run.count();
@@ -174,6 +174,81 @@ impl PageStates {
             (false, true) => self.closed.open(run),
             _ => {}
         }
+    }
+
+    /// Moves those pages of a range that are in state `from` to state `to`, a word at a time: it
+    /// takes no longer if no two neighbours are alike.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn replace(&mut self, range: FilePages, from: PageState, to: PageState) {
+        assert!(range.end() <= self.pages, "there are no pages {range}");
+        let (from_shared, from_private) = from.bits();
+        let (from_shared, from_private) = (flip_for(!from_shared), flip_for(!from_private));
+        let (to_shared, to_private) = to.bits();
+        for word in range.start() / WORD..range.end().div_ceil(WORD) {
+            let inside = bits_inside(range, word);
+            let index = word as usize;
+            let (shared, private) = (self.shared.words()[index], self.private.words()[index]);
+            let moved = (shared ^ from_shared) & (private ^ from_private) & inside;
+            if moved == 0 {
+                continue;
+            }
+            self.shared.words_mut()[index] = shared & !moved | moved & flip_for(to_shared);
+            self.private.words_mut()[index] = private & !moved | moved & flip_for(to_private);
+            self.counts[from as usize] -= u64::from(moved.count_ones());
+            self.counts[to as usize] += u64::from(moved.count_ones());
+            let chunk = (word * WORD / CHUNK) as usize;
+            match (from.host_may_use(), to.host_may_use()) {
+                (true, false) => self.closed.close_in(chunk, moved.count_ones()),
+                (false, true) => self.closed.open_in(chunk, moved.count_ones()),
+                _ => {}
+            }
+        }
+    }
+
+    /// The range from the first to the last page of a range that is in a state; `None` if none is.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the backend.
+    pub fn span(&self, range: FilePages, state: PageState) -> Option<FilePages> {
+        assert!(range.end() <= self.pages, "there are no pages {range}");
+        let (shared, private) = state.bits();
+        let (shared, private) = (flip_for(!shared), flip_for(!private));
+        let in_state = |word: u64| {
+            let (s, p) = (
+                self.shared.words()[word as usize],
+                self.private.words()[word as usize],
+            );
+            (s ^ shared) & (p ^ private) & bits_inside(range, word)
+        };
+        let mut words = range.start() / WORD..range.end().div_ceil(WORD);
+        let first = words.find_map(|word| match in_state(word) {
+            0 => None,
+            bits => Some(word * WORD + u64::from(bits.trailing_zeros())),
+        })?;
+        let words = first / WORD..range.end().div_ceil(WORD);
+        let last = words.rev().find_map(|word| match in_state(word) {
+            0 => None,
+            bits => Some(word * WORD + u64::from(bits.ilog2())),
+        })?;
+        FilePages::new(first, last + 1)
+    }
+
+    /// Moves all pages to one state, whatever state they are in.
+    pub fn reset(&mut self, to: PageState) {
+        let Some(all) = FilePages::new(0, self.pages) else {
+            return;
+        };
+        if self.count(to) == self.pages {
+            return;
+        }
+        let (shared, private) = to.bits();
+        self.shared.fill(all, shared);
+        self.private.fill(all, private);
+        self.counts = [0; 4];
+        self.counts[to as usize] = self.pages;
+        self.closed.set_all(all, !to.host_may_use());
     }
 
     /// The longest runs of one state that make up the range, in order.
@@ -204,16 +279,19 @@ impl PageStates {
         }
         let (shared, private) = state.bits();
         let (shared, private) = (flip_for(shared), flip_for(private));
-        let first = page / 64;
-        let words = first as usize..limit.div_ceil(64) as usize;
-        let (s, p) = (&self.shared.0[words.clone()], &self.private.0[words]);
+        let first = page / WORD;
+        let words = first as usize..limit.div_ceil(WORD) as usize;
+        let (s, p) = (
+            &self.shared.words()[words.clone()],
+            &self.private.words()[words],
+        );
         let differs = |(s, p): (&u64, &u64)| (s ^ shared) | (p ^ private);
         let end = |index: usize, differs: u64| {
             let bit = u64::from(differs.trailing_zeros());
-            limit.min((first + index as u64) * 64 + bit)
+            limit.min((first + index as u64) * WORD + bit)
         };
         // Bits before `page` in its word do not end the run.
-        let behind = differs((&s[0], &p[0])) & !((1 << (page % 64)) - 1);
+        let behind = differs((&s[0], &p[0])) & !((1 << (page % WORD)) - 1);
         if behind != 0 {
             return end(0, behind);
         }
@@ -229,36 +307,23 @@ impl PageStates {
     }
 }
 
-/// Sets the bits of a run. Most are of one page, for which a range of bits costs ten times as much.
-fn fill(bitmap: &mut BitSlice<u64, Lsb0>, run: FilePages, value: bool) {
-    let (start, end) = (run.start() as usize, run.end() as usize);
-    match run.count() {
-        1 => bitmap.set(start, value),
-        _ => bitmap[start..end].fill(value),
-    }
+/// The bits of a word whose pages lie in a range.
+fn bits_inside(range: FilePages, word: u64) -> u64 {
+    let first = range.start().saturating_sub(word * WORD).min(WORD);
+    let last = (range.end() - word * WORD).min(WORD);
+    let below = |bit: u64| {
+        if bit == WORD {
+            u64::MAX
+        } else {
+            (1 << bit) - 1
+        }
+    };
+    below(last) & !below(first)
 }
 
 /// What to flip a word with so that bits with this value become zero.
 fn flip_for(value: bool) -> u64 {
     if value { u64::MAX } else { 0 }
-}
-
-/// A bit for each page, and for those that would fill its last word.
-#[derive(Debug)]
-struct Bitmap(Zeroed<u64>);
-
-impl Bitmap {
-    fn new(pages: u64) -> Option<Self> {
-        Zeroed::new(pages.div_ceil(64)).map(Self)
-    }
-
-    fn bits(&self) -> &BitSlice<u64, Lsb0> {
-        BitSlice::from_slice(&self.0)
-    }
-
-    fn bits_mut(&mut self) -> &mut BitSlice<u64, Lsb0> {
-        BitSlice::from_slice_mut(&mut self.0)
-    }
 }
 
 #[cfg(test)]
@@ -273,7 +338,58 @@ mod tests {
         (0usize..4).prop_map(|i| PageState::ALL[i])
     }
 
+    fn set_all(states: &mut PageStates, range: FilePages, to: impl Fn(PageState) -> PageState) {
+        let runs: Vec<_> = states.runs(range).collect();
+        for (run, from) in runs {
+            states.set_run(run, from, to(from));
+        }
+    }
+
+    /// All that can be seen of states.
+    fn seen(states: &PageStates) -> (Vec<(FilePages, PageState)>, Vec<u64>, Vec<bool>) {
+        let all = FilePages::new(0, PAGES).unwrap();
+        let closed = (0..PAGES).map(|page| {
+            let page = FilePages::new(page, page + 1).unwrap();
+            states.closed().no_closed_page_near(page)
+        });
+        let counts = PageState::ALL.map(|state| states.count(state));
+        (
+            states.runs(all).collect(),
+            counts.to_vec(),
+            closed.collect(),
+        )
+    }
+
     proptest! {
+        /// Words that change at once against runs that change one by one.
+        #[test]
+        fn what_is_replaced_is_what_runs_say(
+            changes in prop::collection::vec((0..PAGES, 1..PAGES, state()), 0..20),
+            (start, length) in (0..PAGES, 1..PAGES),
+            (from, to, all) in (state(), state(), state()),
+        ) {
+            let [mut states, mut model] = [(); 2].map(|()| {
+                let mut states = PageStates::new(PAGES, PageState::Undecided).unwrap();
+                for (start, length, to) in &changes {
+                    let end = (start + length).min(PAGES);
+                    set_all(&mut states, FilePages::new(*start, end).unwrap(), |_| *to);
+                }
+                states
+            });
+            let range = FilePages::new(start, (start + length).min(PAGES)).unwrap();
+            let mut runs = model.runs(range).filter(|(_, state)| *state == from);
+            let first = runs.next().map(|(run, _)| run);
+            let last = runs.last().map(|(run, _)| run).or(first);
+            let span = first.zip(last).and_then(|(a, b)| FilePages::new(a.start(), b.end()));
+            prop_assert_eq!(states.span(range, from), span);
+            states.replace(range, from, to);
+            set_all(&mut model, range, |state| if state == from { to } else { state });
+            prop_assert_eq!(seen(&states), seen(&model));
+            states.reset(all);
+            set_all(&mut model, FilePages::new(0, PAGES).unwrap(), |_| all);
+            prop_assert_eq!(seen(&states), seen(&model));
+        }
+
         /// Bitmaps, runs and counters against a plain vector of states.
         #[test]
         fn states_match_a_plain_vector(
@@ -293,7 +409,7 @@ mod tests {
             }
             for (page, state) in (0..).zip(&model) {
                 let page = FilePages::new(page, page + 1).unwrap();
-                prop_assert!(state.host_may_use() || !states.closed().none_near(page));
+                prop_assert!(state.host_may_use() || !states.closed().no_closed_page_near(page));
             }
             for state in PageState::ALL {
                 let expected = model.iter().filter(|s| **s == state).count() as u64;

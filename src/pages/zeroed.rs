@@ -1,16 +1,19 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Arrays of zeroes that cost memory only where they are written.
-#![allow(unsafe_code)] // mmap()
+#![allow(unsafe_code)] // mmap(), mincore()
 
 use std::ffi::c_void;
 use std::fmt;
+use std::io;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 
 use bytemuck::Zeroable;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::pages::ranges::PAGE_SIZE;
 
 /// A mapping of its own. An allocator that has grown used to large blocks takes them from its heap, and
 /// clears there what it has had before: 64 GiB of guest memory then cost megabytes from the start.
@@ -45,9 +48,19 @@ impl<T: Zeroable> Zeroed<T> {
 
 fn map(bytes: usize) -> Option<NonNull<c_void>> {
     let access = ProtFlags::READ | ProtFlags::WRITE;
+    // Four bytes a page are a gigabyte for a large guest, of which little is ever written: it is not
+    // to count against what the system may promise.
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: the kernel chooses the place, so that nothing is replaced.
-    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), bytes, access, MapFlags::PRIVATE) };
-    NonNull::new(mapped.ok()?)
+    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), bytes, access, flags) };
+    let mapped = NonNull::new(mapped.ok()?)?;
+    // A single pin would take 2 MiB, and a core dump of the host's has no use for counters. A kernel
+    // that knows neither does without.
+    for advice in [Advice::LinuxNoHugepage, Advice::LinuxDontDump] {
+        // SAFETY: the mapping is ours, and these change nothing that can be read from it.
+        let _ = unsafe { madvise(mapped.as_ptr(), bytes, advice) };
+    }
+    Some(mapped)
 }
 
 impl<T> Deref for Zeroed<T> {
@@ -87,10 +100,21 @@ impl<T> fmt::Debug for Zeroed<T> {
     }
 }
 
+/// Which pages of a range of addresses are in memory. An error where nothing is mapped.
+pub(crate) fn pages_in_memory(start: *mut u8, size: usize) -> io::Result<Vec<bool>> {
+    let mut present = vec![0_u8; size.div_ceil(PAGE_SIZE as usize)];
+    // SAFETY: the vector has a byte for each page, which is what the call writes; the range is only looked
+    // up, and may be any.
+    let status = unsafe { libc::mincore(start.cast(), size, present.as_mut_ptr()) };
+    match status {
+        0 => Ok(present.iter().map(|page| page & 1 != 0).collect()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::views::mapped::pages_in_memory;
 
     #[test]
     fn all_values_are_zero_and_can_be_written() {

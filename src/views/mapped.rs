@@ -1,22 +1,30 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A guest_memfd that the host maps. The kernel refuses read() and write() on it, so its bytes are
-//! reached through mappings, each for one access.
-#![allow(unsafe_code)] // mincore()
+//! Mapped: one guest_memfd behind both views, for VMs without private memory. The kernel refuses
+//! read() and write() on it, so its bytes are reached through mappings, each for one access.
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use crate::pages::ranges::{FilePages, PAGE_SIZE};
+use crate::pages::zeroed::pages_in_memory;
 use crate::views::{KernelFile, ViewFile};
+
+/// One guest_memfd, which the host maps. Every page is shared and stays so.
+#[derive(Clone, Debug)]
+pub struct Mapped {
+    /// The guest_memfd.
+    pub file: Arc<dyn ViewFile>,
+}
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// See the module.
+/// A guest_memfd whose bytes are reached through mappings.
 #[derive(Debug)]
 pub(crate) struct MappedFile(KernelFile);
 
@@ -44,18 +52,6 @@ fn pages_of(offset: u64, bytes: &[u8]) -> Option<(FilePages, usize)> {
 /// in memory are holes.
 fn allocated_pages(mapping: &MmapRegion) -> io::Result<Vec<bool>> {
     pages_in_memory(mapping.as_ptr(), mapping.size())
-}
-
-/// Which pages of a range of addresses are in memory. An error where nothing is mapped.
-pub(crate) fn pages_in_memory(start: *mut u8, size: usize) -> io::Result<Vec<bool>> {
-    let mut present = vec![0_u8; size.div_ceil(PAGE)];
-    // SAFETY: the vector has a byte for each page, which is what the call writes; the range is only looked
-    // up, and may be any.
-    let status = unsafe { libc::mincore(start.cast(), size, present.as_mut_ptr()) };
-    match status {
-        0 => Ok(present.iter().map(|page| page & 1 != 0).collect()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 impl ViewFile for MappedFile {

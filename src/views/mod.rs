@@ -1,27 +1,37 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The files behind the views of a backend.
+//! The views of a backend: the files behind them, and by which strategy a view is opened and closed.
 
-pub(crate) mod mapped;
+pub mod mapped;
 pub(crate) mod memfd;
+pub mod two_files;
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
 use crate::pages::ranges::FilePages;
 use crate::pages::states::View;
 
+pub use mapped::Mapped;
 pub use memfd::KernelFile;
+pub use two_files::TwoFiles;
 
 /// How a backend keeps its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Mode {
     /// Two files: a guest_memfd for private pages, a memfd for shared ones.
     Private,
     /// One guest_memfd that the host maps, for VMs without private memory.
     Mapped,
+}
+
+impl Mode {
+    /// Can pages be private?
+    pub fn has_private_pages(self) -> bool {
+        self == Mode::Private
+    }
 }
 
 /// One file with one page for each page of a backend.
@@ -30,54 +40,61 @@ pub trait ViewFile: Debug + Send + Sync {
     fn fd(&self) -> BorrowedFd<'_>;
 
     /// Frees the pages; they read zero if they are allocated again.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
     fn punch_hole(&self, pages: FilePages) -> io::Result<()>;
 
     /// The first of these pages that have data, which are those that are no hole.
+    ///
+    /// # Errors
+    /// The kernel's refusal, or a file that cannot tell.
     fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>>;
 
     /// Reads bytes from an offset on, which lie inside the file. Holes read zero and stay holes.
+    ///
+    /// # Errors
+    /// The kernel's refusal; some bytes may have been read.
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 
     /// Writes bytes from an offset on, which lie inside the file.
+    ///
+    /// # Errors
+    /// The kernel's refusal; some bytes may have been written.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
     /// Allocated bytes as the kernel accounts them for the file. 0 for every guest_memfd: the kernel
     /// does not tell.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
     fn allocated(&self) -> io::Result<u64>;
 }
 
-/// The files of a backend.
-#[derive(Debug)]
-pub enum Backing {
+/// How the views of a backend are kept, with its files: the strategy.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Views {
     /// [`Mode::Private`].
-    TwoFiles {
-        /// The guest_memfd.
-        private: Arc<dyn ViewFile>,
-        /// The memfd.
-        shared: Arc<dyn ViewFile>,
-    },
-    /// [`Mode::Mapped`]. Every page is shared and stays so.
-    Mapped {
-        /// The guest_memfd, which the host maps.
-        file: Arc<dyn ViewFile>,
-    },
+    TwoFiles(TwoFiles),
+    /// [`Mode::Mapped`].
+    Mapped(Mapped),
 }
 
-impl Backing {
+impl Views {
     /// Which mode this is.
     pub fn mode(&self) -> Mode {
         match self {
-            Backing::TwoFiles { .. } => Mode::Private,
-            Backing::Mapped { .. } => Mode::Mapped,
+            Views::TwoFiles(_) => Mode::Private,
+            Views::Mapped(_) => Mode::Mapped,
         }
     }
 
     /// The file behind a view; one file may be behind both.
     pub fn file(&self, view: View) -> &dyn ViewFile {
-        match (self, view) {
-            (Backing::TwoFiles { private, .. }, View::Private) => private.as_ref(),
-            (Backing::TwoFiles { shared, .. }, View::Shared) => shared.as_ref(),
-            (Backing::Mapped { file }, _) => file.as_ref(),
+        match self {
+            Views::TwoFiles(files) => files.file(view),
+            Views::Mapped(mapped) => mapped.file.as_ref(),
         }
     }
 }

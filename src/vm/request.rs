@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What a guest asks for: by hypercall, or by touching memory. Both end in [`Vm::convert`].
 //!
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::pages::ranges::GuestPages;
 use crate::pages::states::View;
 use crate::vm::Vm;
-use crate::vm::convert::Neighbours;
+use crate::vm::convert::Decide;
 use crate::windows::Part;
 
 /// `KVM_MAP_GPA_RANGE_ENCRYPTED` of `arch/x86/include/uapi/asm/kvm_para.h`.
@@ -25,6 +25,9 @@ const MAP_GPA_RANGE_PAGE_SIZES: u64 = 2;
 impl Vm {
     /// Serves `KVM_HC_MAP_GPA_RANGE` (Documentation/virt/kvm/x86/hypercalls.rst) with the arguments
     /// as the guest gave them. Returns how many pages have changed.
+    ///
+    /// # Errors
+    /// [`Error::UnknownAttributes`], [`Error::Range`], and those of [`Vm::convert`].
     pub fn map_gpa_range(&self, gpa: u64, pages: u64, attributes: u64) -> Result<u64> {
         let backend = self.backend_at(gpa);
         let result = parse_map_gpa_range(gpa, pages, attributes)
@@ -45,25 +48,31 @@ impl Vm {
 
     /// Serves `KVM_EXIT_MEMORY_FAULT`. Returns how many pages have changed.
     ///
-    /// Only the shared view appears in a window that is not bound, so an access there asks for that
-    /// one, whatever the exit says.
-    pub fn memory_fault(&self, gpa: u64, size: u64, private: bool) -> Result<u64> {
+    /// `intent` is the view that the access asks for. Only the shared view appears in a window that is
+    /// not bound, so an access there asks for that one, whatever the exit says.
+    ///
+    /// # Errors
+    /// [`Error::Range`], and those of [`Vm::convert`] but [`Error::Pinned`]: the guest touches the page
+    /// again, and waits again.
+    pub fn memory_fault(&self, gpa: u64, size: u64, intent: View) -> Result<u64> {
         let guest = GuestPages::from_bytes(gpa, size)?;
-        let unbound = |part: &Part| matches!(part, Part::Window(w) if !w.bound);
-        let to = match private && !self.parts(guest).0.iter().any(unbound) {
-            true => View::Private,
-            false => View::Shared,
+        let unbound = |part: &Part| matches!(part, Part::Window(w) if !w.is_bound());
+        let to = match intent {
+            View::Private if !self.parts(guest).0.iter().any(unbound) => View::Private,
+            _ => View::Shared,
         };
-        let neighbours = match to {
-            View::Private => Neighbours::GoAlong,
-            View::Shared => Neighbours::Stay,
+        let decide = match to {
+            View::Private => Decide::Around,
+            View::Shared => Decide::Exactly,
         };
         let backend = self.backend_at(gpa);
-        let serve = || match self.convert_with(guest, to, neighbours) {
+        let serve = || match self.convert_with(guest, to, decide) {
             // The window has changed meanwhile.
             Err(Error::Unbound { .. }) => self.convert(guest, View::Shared),
-            // There may be memory for a single page.
-            Err(Error::SetAttributes { .. }) => self.convert(guest, to),
+            // It may be a neighbour's trouble, or there may be memory for a single page.
+            Err(error) if decide == Decide::Around && error.may_be_a_neighbours() => {
+                self.convert(guest, to)
+            }
             result => result,
         };
         let result = match self.watch(backend.as_deref(), guest, to, serve) {

@@ -14,9 +14,9 @@
 /* In the first 4 MiB, as what is pinned */
 #define PRIVATE_PAGE (1024 * 1024ull)
 
-static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, bool to_private)
+static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, guestmemfd_view to)
 {
-    (void)opaque, (void)gpa, (void)size, (void)to_private;
+    (void)opaque, (void)gpa, (void)size, (void)to;
     return -1;
 }
 
@@ -38,7 +38,7 @@ int main(int argc, char **argv)
     guestmemfd_vm *vm = NULL;
     guestmemfd_error error;
     uint64_t bytes, times;
-    bool bound;
+    guestmemfd_binding binding;
 
     if (argc < 3) {
         fprintf(stderr, "usage: %s BYTES TIMES [near-private]\n", argv[0]);
@@ -49,7 +49,8 @@ int main(int argc, char **argv)
 
     must(guestmemfd_vm_new_software(GUESTMEMFD_ABI, &callbacks, &vm, &error), &error);
     must(guestmemfd_backend_new(vm, &config, &backend, &error), &error);
-    must(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error), &error);
+    must(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, GUESTMEMFD_BINDING_BOUND, &binding,
+                                  &error), &error);
     if (argc > 3 && !strcmp(argv[3], "near-private")) {
         must(guestmemfd_vm_map_gpa_range(vm, PRIVATE_PAGE, 1, 0x10, &error), &error);
     }

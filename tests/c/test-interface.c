@@ -21,6 +21,9 @@
 #define PAGE 4096ull
 #define MIB (1024 * 1024ull)
 #define SIZE (8 * MIB)
+#define BOUND GUESTMEMFD_BINDING_BOUND
+#define PRIVATE GUESTMEMFD_VIEW_PRIVATE
+#define SHARED GUESTMEMFD_VIEW_SHARED
 
 static int tests, failures;
 
@@ -33,8 +36,8 @@ static void check(bool ok, const char *what)
 
 /* What the callbacks saw. */
 static struct {
-    int begun, ended, populated, discarded, prefaulted, gaps, logged, failed, strays;
-    int populate_answer;
+    int begun, ended, mapped, unmapped, revoked, prefaulted, gaps, logged, failed, strays;
+    int map_answer;
     int gap_answer;
     void *backend_opaque;
 } seen;
@@ -50,21 +53,26 @@ static void on_end(void *opaque, bool listeners)
     seen.ended += listeners == *(bool *)opaque;
 }
 
-static int32_t on_populate(void *backend_opaque, uint64_t offset, uint64_t size)
+static int32_t on_map(void *backend_opaque, uint64_t offset, uint64_t size)
 {
     (void)offset;
     (void)size;
-    seen.populated++;
+    seen.mapped++;
     seen.backend_opaque = backend_opaque;
-    return seen.populate_answer;
+    return seen.map_answer;
 }
 
-static void on_discard(void *backend_opaque, uint64_t offset, uint64_t size)
+static void on_unmap(void *backend_opaque, uint64_t offset, uint64_t size)
 {
     (void)offset;
     (void)size;
-    seen.discarded++;
+    seen.unmapped++;
     seen.backend_opaque = backend_opaque;
+}
+
+static void on_revoke(void *backend_opaque, uint64_t offset, uint64_t size)
+{
+    seen.revoked += backend_opaque == &seen && offset == PAGE && size == PAGE;
 }
 
 static void on_prefault(void *opaque, uint64_t gpa, uint64_t size)
@@ -74,22 +82,22 @@ static void on_prefault(void *opaque, uint64_t gpa, uint64_t size)
     seen.prefaulted += size == PAGE;
 }
 
-static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, bool to_private)
+static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, guestmemfd_view to)
 {
     (void)opaque;
     (void)gpa;
     (void)size;
     seen.gaps++;
-    return to_private ? -EINVAL : seen.gap_answer;
+    return to == GUESTMEMFD_VIEW_PRIVATE ? -EINVAL : seen.gap_answer;
 }
 
 static bool listeners = true;
 
-static void on_failed(void *opaque, const char *id, uint64_t gpa, uint64_t size, bool to_private,
+static void on_failed(void *opaque, const char *id, uint64_t gpa, uint64_t size, guestmemfd_view to,
                       const char *message)
 {
     seen.failed += opaque == &listeners && !strcmp(id, "ram") && size == PAGE && gpa == MIB
-                   && !to_private && strlen(message) > 0;
+                   && to == GUESTMEMFD_VIEW_SHARED && strlen(message) > 0;
 }
 
 static void on_stray(void *backend_opaque, const guestmemfd_stray *stray)
@@ -110,8 +118,9 @@ static const guestmemfd_callbacks callbacks = {
     .opaque = &listeners,
     .begin = on_begin,
     .end = on_end,
-    .populate = on_populate,
-    .discard = on_discard,
+    .map = on_map,
+    .unmap = on_unmap,
+    .revoke = on_revoke,
     .prefault = on_prefault,
     .gap = on_gap,
     .failed = on_failed,
@@ -165,11 +174,11 @@ static uint64_t allocated(int fd)
 static void test_arguments(void)
 {
     guestmemfd_error error;
-    guestmemfd_vm *vm = NULL;
+    guestmemfd_vm *vm = NULL, *other;
     guestmemfd_backend *backend = NULL;
     guestmemfd_backend_config config = { .id = "ram", .size = SIZE };
     guestmemfd_callbacks no_gap = callbacks;
-    bool bound;
+    guestmemfd_binding binding;
 
     check(guestmemfd_abi() == GUESTMEMFD_ABI, "header and library agree on the ABI");
     check(guestmemfd_vm_new_software(GUESTMEMFD_ABI + 1, &callbacks, &vm, &error)
@@ -237,19 +246,23 @@ static void test_arguments(void)
     check(!backend, "nothing was created");
 
     backend = new_backend(vm, "ram");
-    check(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 4, &bound, &error) == -EINVAL
-              && strstr(error.message, "0x4"), "unknown window flags are refused");
-    check(guestmemfd_vm_add_window(vm, backend, 0, PAGE, SIZE, 0, &bound, &error) == -EINVAL
+    check(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 77, &binding, &error) == -EINVAL
+              && strstr(error.message, "binding 77"), "an unknown binding is refused");
+    check(guestmemfd_vm_add_window(vm, backend, 0, PAGE, SIZE, BOUND, &binding, &error) == -EINVAL
               && strstr(error.message, "ram"), "a window past the end is refused by name");
-    check(guestmemfd_vm_add_window(vm, backend, 0, UINT64_MAX - PAGE + 1, PAGE, 0, &bound,
+    check(guestmemfd_vm_add_window(vm, backend, 0, UINT64_MAX - PAGE + 1, PAGE, BOUND, &binding,
                                    &error) == -EINVAL, "a wrapping offset is refused");
     check(guestmemfd_vm_remove_window(vm, 0, SIZE, &error) == -ENOENT,
           "a window that is not there cannot be removed");
-    check(guestmemfd_backend_discard(backend, SIZE, PAGE, &error) == -EINVAL,
-          "a discard past the end is refused");
-    check(!guestmemfd_backend_is_populated(backend, SIZE - 1, 2),
-          "what lies past the end is not populated");
+    check(guestmemfd_backend_free_pages(backend, SIZE, PAGE, &error) == -EINVAL,
+          "nothing past the end is freed");
+    check(!guestmemfd_backend_host_may_use(backend, SIZE - 1, 2),
+          "nothing past the end may be used");
     check(guestmemfd_backend_private_fd(NULL) == -1, "no backend, no descriptor");
+    other = software_vm();
+    check(guestmemfd_vm_add_window(other, backend, 0, 0, SIZE, BOUND, &binding, &error) == -EINVAL
+              && strstr(error.message, "another VM"), "another VM's backend is refused");
+    guestmemfd_vm_free(other);
     guestmemfd_backend_free(backend);
     guestmemfd_vm_free(vm);
     guestmemfd_backend_free(NULL);
@@ -261,7 +274,7 @@ static void test_conversions(void)
     guestmemfd_vm *vm = software_vm();
     guestmemfd_backend *backend = new_backend(vm, "ram");
     int shared = guestmemfd_backend_shared_fd(backend);
-    bool bound = false, alias_bound = true;
+    guestmemfd_binding binding = 77, alias = 77;
     guestmemfd_error error;
     guestmemfd_stats stats;
     char *host;
@@ -271,22 +284,23 @@ static void test_conversions(void)
     check(fcntl(guestmemfd_backend_private_fd(backend), F_GETFD) == FD_CLOEXEC,
           "the private file is closed on exec");
     check(!guestmemfd_vm_owns(vm, 0, UINT64_MAX), "no window, nothing owned");
-    check(!guestmemfd_vm_add_window(vm, backend, MIB, 0, SIZE, 0, &bound, &error) && bound,
+    check(!guestmemfd_vm_add_window(vm, backend, MIB, 0, SIZE, BOUND, &binding, &error)
+              && binding == BOUND,
           "the first window is bound");
-    check(!guestmemfd_vm_add_window(vm, backend, 1024 * MIB, 0, SIZE, 0, &alias_bound, &error)
-              && !alias_bound, "a second window of the same pages is not");
-    check(guestmemfd_vm_add_window(vm, backend, MIB + PAGE, 0, PAGE, 0, &bound, &error)
+    check(!guestmemfd_vm_add_window(vm, backend, 1024 * MIB, 0, SIZE, BOUND, &alias, &error)
+              && alias == GUESTMEMFD_BINDING_UNBOUND, "a second window of the same pages is not");
+    check(guestmemfd_vm_add_window(vm, backend, MIB + PAGE, 0, PAGE, BOUND, &binding, &error)
               == -EEXIST, "two windows cannot overlap");
     check(guestmemfd_vm_owns(vm, 0, UINT64_MAX) && guestmemfd_vm_owns(vm, MIB, 0)
               && !guestmemfd_vm_owns(vm, 0, PAGE), "owns tells windows from the rest");
 
     memset(&seen, 0, sizeof(seen));
     check(!guestmemfd_vm_map_gpa_range(vm, MIB, 4, 1 << 4, &error), "to private by hypercall");
-    check(seen.begun == 1 && seen.ended == 1 && seen.discarded == 1
+    check(seen.begun == 1 && seen.ended == 1 && seen.unmapped == 1
               && seen.backend_opaque == &seen, "listeners were told to let go");
     check(allocated(shared) == 0, "the shared view was freed");
-    check(!guestmemfd_backend_is_populated(backend, 4 * PAGE - 1, 1)
-              && guestmemfd_backend_is_populated(backend, 4 * PAGE, PAGE),
+    check(!guestmemfd_backend_host_may_use(backend, 4 * PAGE - 1, 1)
+              && guestmemfd_backend_host_may_use(backend, 4 * PAGE, PAGE),
           "the host may use what is not private");
     check(!guestmemfd_vm_map_gpa_range(vm, MIB, 4, 1 << 4, &error) && seen.begun == 1,
           "what is private already stays so, unseen");
@@ -299,14 +313,14 @@ static void test_conversions(void)
           "private over a gap is refused");
     check(guestmemfd_vm_map_gpa_range(vm, 1024 * MIB, 1, 1 << 4, &error) == -EINVAL
               && strstr(error.message, "bound"), "private through an unbound window is refused");
-    seen.populate_answer = -ENOMEM;
-    check(guestmemfd_vm_memory_fault(vm, MIB, PAGE, false, &error) == -ENOMEM
-              && !guestmemfd_backend_is_populated(backend, 0, PAGE),
+    seen.map_answer = -ENOMEM;
+    check(guestmemfd_vm_memory_fault(vm, MIB, PAGE, SHARED, &error) == -ENOMEM
+              && !guestmemfd_backend_host_may_use(backend, 0, PAGE),
           "a listener that cannot map keeps the page private");
     check(seen.failed == 1, "and is told what has failed");
-    seen.populate_answer = 0;
-    check(!guestmemfd_vm_memory_fault(vm, 1024 * MIB, PAGE, true, &error)
-              && guestmemfd_backend_is_populated(backend, 0, PAGE),
+    seen.map_answer = 0;
+    check(!guestmemfd_vm_memory_fault(vm, 1024 * MIB, PAGE, PRIVATE, &error)
+              && guestmemfd_backend_host_may_use(backend, 0, PAGE),
           "a fault through an unbound window asks for the shared view");
     check(host[0] == 0 && host[4 * PAGE] == 0, "the page comes back empty");
 
@@ -320,10 +334,14 @@ static void test_conversions(void)
     check(stats.mode == GUESTMEMFD_MODE_PRIVATE && stats.discard == GUESTMEMFD_DISCARD_NOW,
           "mode and policy are told");
 
+    check(!guestmemfd_backend_free_private(backend, &error)
+              && stats_of(backend).private_bytes == 0 && stats_of(backend).shared_bytes == PAGE,
+          "all that is private is freed, and what is shared stays");
+    check(guestmemfd_backend_free_private(NULL, &error) == -EINVAL, "no backend, nothing freed");
     host[5 * PAGE] = 1;
-    check(!guestmemfd_backend_discard(backend, 0, SIZE, &error) && allocated(shared) == 0
+    check(!guestmemfd_backend_free_pages(backend, 0, SIZE, &error) && allocated(shared) == 0
               && stats_of(backend).undecided_bytes == SIZE,
-          "a discard frees all and leaves pages undecided");
+          "freed pages are undecided");
     check(guestmemfd_vm_rebind(vm, -1, -1, &error) == -EINVAL, "rebind checks descriptors");
     check(!guestmemfd_vm_remove_window(vm, MIB, SIZE, &error)
               && !guestmemfd_vm_remove_window(vm, 1024 * MIB, SIZE, &error)
@@ -333,37 +351,36 @@ static void test_conversions(void)
     guestmemfd_vm_free(vm);
 }
 
-static void test_lazy_and_coalesced(void)
+static void test_lazy(void)
 {
     guestmemfd_vm *vm = software_vm();
     guestmemfd_backend_config config = {
         .id = "ram",
         .size = SIZE,
-        .discard = GUESTMEMFD_DISCARD_COALESCED,
         .lazy_chunk = 16 * PAGE,
         .prefault = GUESTMEMFD_PREFAULT_SMALL,
     };
     guestmemfd_backend *backend = NULL;
     guestmemfd_error error;
     guestmemfd_stats stats;
-    bool bound;
+    guestmemfd_binding binding;
     char *host;
     int shared;
 
     check(!guestmemfd_backend_new(vm, &config, &backend, &error)
-              && !guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error),
-          "a backend with a worker");
+              && !guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, BOUND, &binding, &error),
+          "a backend with lazy attributes");
     shared = guestmemfd_backend_shared_fd(backend);
     host = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, shared, 0);
     host[3 * PAGE] = 7;
     /* With listeners it would decide its page alone */
     listeners = false;
-    check(!guestmemfd_vm_memory_fault(vm, 0, PAGE, true, &error), "a private touch");
+    check(!guestmemfd_vm_memory_fault(vm, 0, PAGE, PRIVATE, &error), "a private touch");
     listeners = true;
     stats = stats_of(backend);
-    check(stats.private_bytes == 15 * PAGE && stats.shared_bytes == PAGE
-              && stats.converted_along_bytes == 14 * PAGE && stats.lazy_chunk == 16 * PAGE,
-          "it decides its chunk, but for the page with shared data");
+    check(stats.private_bytes == 3 * PAGE && stats.undecided_bytes == SIZE - 3 * PAGE
+              && stats.converted_neighbour_bytes == 2 * PAGE && stats.lazy_chunk == 16 * PAGE,
+          "it decides its chunk as far as the page with shared data");
     check(host[3 * PAGE] == 7, "which keeps them");
 
     memset(&seen, 0, sizeof(seen));
@@ -375,9 +392,9 @@ static void test_lazy_and_coalesced(void)
         }
     }
     check(seen.prefaulted == 8, "small requests ask for their pages at once");
-    check(!guestmemfd_vm_drain(vm, &error) && stats_of(backend).unpunched_bytes == 0
-              && allocated(shared) == PAGE, "after draining nothing is owed");
-    check(guestmemfd_vm_drain(NULL, &error) == -EINVAL, "no VM, nothing to drain");
+    check(!guestmemfd_vm_punch_owed(vm, &error) && stats_of(backend).owed_hole_bytes == 0
+              && allocated(shared) == PAGE, "nothing is owed");
+    check(guestmemfd_vm_punch_owed(NULL, &error) == -EINVAL, "no VM, nothing owed");
     guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
     munmap(host, SIZE);
     guestmemfd_backend_free(backend);
@@ -403,10 +420,11 @@ static void test_threads(void)
     guestmemfd_vm *vm = software_vm();
     guestmemfd_backend *backend = new_backend(vm, "ram");
     pthread_t threads[4];
-    bool bound, ok = true;
+    guestmemfd_binding binding;
+    bool ok = true;
     guestmemfd_stats stats;
 
-    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, NULL);
+    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, BOUND, &binding, NULL);
     for (int i = 0; i < 4; i++) {
         ok &= !pthread_create(&threads[i], NULL, flip, vm);
     }
@@ -430,7 +448,7 @@ static void test_mapped(guestmemfd_vm *vm)
     guestmemfd_backend_config config = { .id = "ram", .size = SIZE, .mode = GUESTMEMFD_MODE_MAPPED };
     guestmemfd_backend *backend = NULL;
     guestmemfd_error error = { .code = 0 };
-    bool bound = true;
+    guestmemfd_binding binding = 77;
     char *memory;
 
     if (guestmemfd_backend_new(vm, &config, &backend, &error)) {
@@ -443,9 +461,10 @@ static void test_mapped(guestmemfd_vm *vm)
                   guestmemfd_backend_shared_fd(backend), 0);
     check(memory != MAP_FAILED, "the file can be mapped");
     memset(memory, 1, SIZE);
-    check(!guestmemfd_backend_discard(backend, PAGE, PAGE, NULL)
+    check(!guestmemfd_backend_free_pages(backend, PAGE, PAGE, NULL)
               && memory[0] && !memory[PAGE] && memory[2 * PAGE], "a discard frees what is named");
-    check(!guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, NULL) && !bound
+    check(!guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, BOUND, &binding, NULL)
+              && binding == GUESTMEMFD_BINDING_UNBOUND
               && guestmemfd_vm_map_gpa_range(vm, 0, 1, 1 << 4, &error) == -EINVAL
               && stats_of(backend).shared_bytes == SIZE, "nothing becomes private");
     munmap(memory, SIZE);
@@ -486,17 +505,19 @@ static void test_pins(void)
     };
     guestmemfd_backend *backend = NULL;
     guestmemfd_error error;
-    bool bound = false;
+    guestmemfd_binding binding;
 
     check(!guestmemfd_backend_new(vm, &config, &backend, &error) &&
-          !guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error),
+          !guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, BOUND, &binding, &error),
           "a backend whose conversions wait 10 ms");
     check(!guestmemfd_backend_pin(backend, PAGE - 1, 2, &error),
           "two bytes pin the two pages that they lie in");
+    memset(&seen, 0, sizeof(seen));
     check(guestmemfd_vm_map_gpa_range(vm, PAGE, 1, 0x10, &error) == -EBUSY &&
           strstr(error.message, "10ms"),
           "a pinned page does not become private, and the message says how long it was tried");
-    check(!guestmemfd_vm_memory_fault(vm, PAGE, PAGE, true, &error) &&
+    check(seen.revoked == 1, "who has pinned it is asked once whether it can do without");
+    check(!guestmemfd_vm_memory_fault(vm, PAGE, PAGE, PRIVATE, &error) &&
           stats_of(backend).private_bytes == 0 && stats_of(backend).waits == 2,
           "a memory fault waits, and can come again");
     check(guestmemfd_backend_unpin(backend, 0, 3 * PAGE, &error) == -EINVAL &&
@@ -528,9 +549,9 @@ static void test_map(void)
     guestmemfd_run runs[4] = { { .size = 1 } };
     uint64_t count = 2, next = 1;
     guestmemfd_error error;
-    bool bound = false;
+    guestmemfd_binding binding;
 
-    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &bound, &error);
+    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, BOUND, &binding, &error);
     check(!guestmemfd_vm_map_gpa_range(vm, PAGE, 2, 0x10, &error)
               && !guestmemfd_vm_map_gpa_range(vm, 3 * PAGE, 1, 0, &error),
           "pages in three states");
@@ -579,11 +600,11 @@ static void test_guard(void)
     guestmemfd_backend *backend = new_backend(vm, "ram");
     int fd = guestmemfd_backend_shared_fd(backend);
     guestmemfd_error error;
-    bool bound = false;
+    guestmemfd_binding binding;
     char *host;
 
     host = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    guestmemfd_vm_add_window(vm, backend, MIB, 0, SIZE, 0, &bound, &error);
+    guestmemfd_vm_add_window(vm, backend, MIB, 0, SIZE, BOUND, &binding, &error);
     memset(&seen, 0, sizeof(seen));
     check(guestmemfd_backend_guard(backend, NULL, &error) == -EOPNOTSUPP
               && strstr(error.message, "userfaultfd")
@@ -609,7 +630,7 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     test_arguments();
     test_conversions();
-    test_lazy_and_coalesced();
+    test_lazy();
     test_threads();
     test_pins();
     test_map();

@@ -20,8 +20,8 @@ fn machine(discard: Discard) -> Machine {
     let next = guest(NEXT, NEXT + 4);
     let bound = machine
         .vm
-        .add_window(&machine.backend, next, 4 * PAGE_SIZE, true);
-    assert!(!bound.unwrap());
+        .add_window(&machine.backend, next, 4 * PAGE_SIZE, Binding::Bound);
+    assert_eq!(bound.unwrap(), Binding::Unbound);
     machine
 }
 
@@ -114,10 +114,9 @@ proptest! {
     /// allocate what they write and nothing else.
     #[test]
     fn accesses_match_a_plain_model(
-        discard in prop_oneof![Just(Discard::Now), Just(Discard::Coalesced)],
         steps in prop::collection::vec(step(), 1..40),
     ) {
-        let machine = machine(discard);
+        let machine = machine(Discard::Now);
         let mut model = Model::new();
         for (number, step) in (1..).zip(steps) {
             let before = machine.states();
@@ -146,11 +145,10 @@ proptest! {
                     let _ = machine.vm.convert(guest, to);
                 }
                 Step::Ask(Request::Discard(pages)) => {
-                    machine.vm.discard(&machine.backend, pages).unwrap();
+                    machine.vm.free_pages(&machine.backend, pages).unwrap();
                     (pages.start()..pages.end()).for_each(|page| model.free(page as usize));
                 }
             }
-            machine.vm.drain().unwrap();
             let after = machine.states();
             for page in 0..PAGES as usize {
                 if before[page].host_may_use() != after[page].host_may_use() {
@@ -215,8 +213,17 @@ fn a_kernel_that_refuses_is_named() {
     assert!(matches!(error, Error::Transfer { .. }), "{error}");
 }
 
-/// Pages on the move, a host that writes them whole, and hosts that read them: nobody sees half a
-/// write, and nothing that was written stays behind in the shared view of a private page.
+/// Ends the other threads of a test however this one ends.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Pages on the move, a host that writes them, and hosts that read them: nothing that was written
+/// stays behind in the shared view of a private page, and no read or write ends half-way.
 #[test]
 fn accesses_and_conversions_of_the_same_pages_exclude_each_other() {
     let machine = machine(Discard::Now);
@@ -225,20 +232,19 @@ fn accesses_and_conversions_of_the_same_pages_exclude_each_other() {
     let (mut written, mut refused) = (0, 0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            let _done = SetOnDrop(&done);
             for round in 0..200 {
                 let to = [View::Private, View::Shared][round % 2];
                 machine.vm.convert(guest(1, 3), to).unwrap();
                 machine.vm.convert(guest(2, 4), to).unwrap();
             }
-            done.store(true, Ordering::SeqCst);
         });
         for _ in 0..2 {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
-                    let mut bytes = [0; 2 * PAGE];
-                    if machine.vm.read(PAGE_SIZE, &mut bytes).is_ok() {
-                        assert!(bytes[..PAGE].iter().all(|byte| *byte == bytes[0]));
-                        assert!(bytes[PAGE..].iter().all(|byte| *byte == bytes[PAGE]));
+                    match machine.vm.read(PAGE_SIZE, &mut [0; 2 * PAGE]) {
+                        Ok(()) | Err(Error::PrivateMemory { .. }) => {}
+                        Err(error) => panic!("{error}"),
                     }
                 }
             });

@@ -18,10 +18,9 @@ proptest! {
     /// pages that changed views empty, or none of it, with all data where it was.
     #[test]
     fn a_request_takes_effect_as_a_whole_or_not_at_all(
-        discard in prop_oneof![Just(Discard::Now), Just(Discard::Coalesced)],
         requests in prop::collection::vec((request(), 0u64..8), 1..25),
     ) {
-        let machine = Machine::with(discard, PageState::Undecided);
+        let machine = Machine::new();
         for (request, nth) in requests {
             let before = machine.states();
             let data = machine.fill();
@@ -29,13 +28,10 @@ proptest! {
             machine.fault.arm(nth);
             let result = match &request {
                 Request::Convert(guest, to) => machine.vm.convert(*guest, *to).map(|_| ()),
-                Request::Discard(pages) => machine.vm.discard(&machine.backend, *pages),
+                Request::Discard(pages) => machine.vm.free_pages(&machine.backend, *pages),
             };
             let hit = nth != 0 && machine.fault.left() == 0;
             machine.fault.arm(0);
-            if discard == Discard::Coalesced {
-                machine.vm.drain().unwrap();
-            }
             machine.check_invariants();
             let after = machine.states();
             let exposed = machine.exposed();
@@ -79,7 +75,7 @@ proptest! {
             // Its answer is the other test's matter.
             let _ = match &request {
                 Request::Convert(guest, to) => machine.vm.convert(*guest, *to).map(|_| ()),
-                Request::Discard(pages) => machine.vm.discard(&machine.backend, *pages),
+                Request::Discard(pages) => machine.vm.free_pages(&machine.backend, *pages),
             };
             machine.fault.arm(0);
             prop_assert!(machine.states().iter().all(|s| *s != PageState::Transition));
@@ -92,7 +88,7 @@ proptest! {
             machine.check_invariants();
         }
         prop_assert!(machine.exposed().iter().all(|byte| *byte == 0));
-        prop_assert_eq!(machine.backend.stats().unpunched, 0);
+        prop_assert_eq!(machine.backend.stats().owed_holes, 0);
     }
 }
 
@@ -159,7 +155,7 @@ fn a_hole_that_could_not_be_punched_is_punched_before_the_view_is_seen_again() {
     // Calls: one attribute, then the punch.
     machine.fault.arm(2);
     machine.vm.convert(page, View::Private).unwrap();
-    assert_eq!(machine.backend.stats().unpunched, PAGE_SIZE);
+    assert_eq!(machine.backend.stats().owed_holes, PAGE_SIZE);
     assert_eq!(machine.read(View::Shared, 16), 7);
 
     machine.fault.arm(1);
@@ -169,5 +165,5 @@ fn a_hole_that_could_not_be_punched_is_punched_before_the_view_is_seen_again() {
     machine.fault.arm(0);
     machine.vm.convert(page, View::Shared).unwrap();
     assert_eq!(machine.read(View::Shared, 16), 0);
-    assert_eq!(machine.backend.stats().unpunched, 0);
+    assert_eq!(machine.backend.stats().owed_holes, 0);
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::*;
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 /// Lets calls fail.
@@ -21,6 +22,32 @@ pub(crate) struct Fault {
     /// How many have failed: they fail for different reasons.
     failed: AtomicU64,
     pub(crate) slow: AtomicBool,
+    /// What another vCPU does right before an attribute is set, and right after.
+    before_attribute: Act,
+    after_attribute: Act,
+}
+
+/// Something that is done once.
+#[derive(Default)]
+struct Act(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl std::fmt::Debug for Act {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Act").finish_non_exhaustive()
+    }
+}
+
+impl Act {
+    fn set(&self, act: impl FnOnce() + Send + 'static) {
+        *self.0.lock() = Some(Box::new(act));
+    }
+
+    fn act(&self) {
+        let act = self.0.lock().take();
+        if let Some(act) = act {
+            act();
+        }
+    }
 }
 
 /// All calls after the first that fails fail too.
@@ -48,6 +75,21 @@ impl Fault {
     /// Calls until the next failure; 0 once it has happened.
     pub(crate) fn left(&self) -> u64 {
         self.nth.load(Ordering::SeqCst)
+    }
+
+    /// Lets somebody act once, when the next attribute is set: before it for what needs the shared
+    /// view, after it for what needs the private one.
+    pub(crate) fn at_attribute(&self, view: View, act: impl FnOnce() + Send + 'static) {
+        match view {
+            View::Shared => self.before_attribute.set(act),
+            View::Private => self.after_attribute.set(act),
+        }
+    }
+
+    pub(crate) fn nobody_acts(&self) {
+        for act in [&self.before_attribute, &self.after_attribute] {
+            *act.0.lock() = None;
+        }
     }
 
     /// Every call takes long enough for other threads to get in between.
@@ -107,8 +149,11 @@ impl Owner for FaultyOwner {
     }
 
     fn set_attributes(&self, guest: GuestPages, view: View) -> io::Result<()> {
+        self.1.before_attribute.act();
         self.1.call()?;
-        self.0.set_attributes(guest, view)
+        self.0.set_attributes(guest, view)?;
+        self.1.after_attribute.act();
+        Ok(())
     }
 }
 

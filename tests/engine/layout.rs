@@ -14,9 +14,9 @@ use crate::machine::*;
 fn pages_that_start_private_have_their_attributes_and_no_host_mapping() {
     let machine = Machine::with(Discard::Now, PageState::Private);
     machine.check_invariants();
-    assert!(!machine.vm.is_populated(&machine.backend, file(3, 4)));
+    assert!(!machine.vm.host_may_use(&machine.backend, file(3, 4)));
     machine.vm.convert(guest(3, 4), View::Shared).unwrap();
-    assert!(machine.vm.is_populated(&machine.backend, file(3, 4)));
+    assert!(machine.vm.host_may_use(&machine.backend, file(3, 4)));
     machine.check_invariants();
 }
 
@@ -29,12 +29,10 @@ fn windows_bring_attributes_with_them() {
     assert_eq!(machine.owner.view(2), View::Private, "until the commit");
     // Back at once: no call.
     machine.fault.arm(1);
-    assert!(
-        machine
-            .vm
-            .add_window(&machine.backend, low, 0, true)
-            .unwrap()
-    );
+    let back = machine
+        .vm
+        .add_window(&machine.backend, low, 0, Binding::Bound);
+    assert_eq!(back.unwrap(), Binding::Bound);
     machine.vm.clear_stale_windows().unwrap();
     assert_eq!(machine.fault.left(), 1, "nothing was called");
     machine.check_invariants();
@@ -47,7 +45,7 @@ fn windows_bring_attributes_with_them() {
     let elsewhere = guest(200, 216);
     machine
         .vm
-        .add_window(&machine.backend, elsewhere, 0, true)
+        .add_window(&machine.backend, elsewhere, 0, Binding::Bound)
         .unwrap();
     assert_eq!(machine.owner.view(202), View::Private);
 }
@@ -60,7 +58,7 @@ fn a_window_whose_attributes_cannot_be_set_is_not_added() {
     machine.fault.arm(1);
     let error = machine
         .vm
-        .add_window(&machine.backend, other, 0, false)
+        .add_window(&machine.backend, other, 0, Binding::Unbound)
         .unwrap_err();
     assert!(matches!(error, Error::SetAttributes { .. }), "{error}");
     assert!(!machine.vm.owns(other));
@@ -68,7 +66,7 @@ fn a_window_whose_attributes_cannot_be_set_is_not_added() {
 
     machine
         .vm
-        .add_window(&machine.backend, other, 0, false)
+        .add_window(&machine.backend, other, 0, Binding::Unbound)
         .unwrap();
     assert_eq!(machine.owner.view(302), View::Private);
     machine.check_invariants();

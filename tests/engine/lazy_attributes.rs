@@ -3,6 +3,7 @@
 //! Lazy attributes, and what is allocated at once.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::*;
@@ -17,14 +18,28 @@ use crate::request::*;
 enum Use {
     /// A private touch of a guest page.
     Touch(u64),
+    /// The same, and another vCPU uses a page of the backend, in one of the views, as soon as the
+    /// attribute has been set.
+    TouchWhile(u64, u64, View),
     /// The host or the guest writes to a page of the shared view, if it may.
     WriteShared(u64),
     Ask(Request),
 }
 
+fn touched() -> impl Strategy<Value = u64> {
+    prop_oneof![0u64..16, 20u64..28]
+}
+
+fn view() -> impl Strategy<Value = View> {
+    prop_oneof![Just(View::Shared), Just(View::Private)]
+}
+
 fn uses() -> impl Strategy<Value = Use> {
     prop_oneof![
-        4 => prop_oneof![0u64..16, 20u64..28].prop_map(Use::Touch),
+        4 => touched().prop_map(Use::Touch),
+        4 => (touched(), 0..PAGES, view()).prop_map(|(touched, other, view)| {
+            Use::TouchWhile(touched, other, view)
+        }),
         4 => (0..PAGES).prop_map(Use::WriteShared),
         1 => request().prop_map(Use::Ask),
     ]
@@ -56,12 +71,27 @@ proptest! {
                     let _ = machine.vm.convert(guest, to);
                 }
                 Use::Ask(Request::Discard(pages)) => {
-                    machine.vm.discard(&machine.backend, pages).unwrap();
+                    machine.vm.free_pages(&machine.backend, pages).unwrap();
+                }
+                Use::TouchWhile(guest_page, other, view) => {
+                    let (touched, _) = at(guest_page).unwrap();
+                    let stored = machine.another_vcpu_stores(other, view, number);
+                    machine.vm.memory_fault(guest_page * PAGE_SIZE, PAGE_SIZE, View::Private).unwrap();
+                    machine.fault.nobody_acts();
+                    let exposed = machine.exposed();
+                    for page in (0..PAGES).filter(|page| *page != touched) {
+                        let expected = match page == other && stored.load(SeqCst) {
+                            true => number,
+                            false => data[page as usize],
+                        };
+                        prop_assert_eq!(exposed[page as usize], expected, "page {}", page);
+                    }
+                    machine.forgive_listener();
                 }
                 Use::Touch(guest_page) => {
                     let (touched, _) = at(guest_page).unwrap();
                     machine.fault.arm(nth);
-                    let result = machine.vm.memory_fault(guest_page * PAGE_SIZE, PAGE_SIZE, true);
+                    let result = machine.vm.memory_fault(guest_page * PAGE_SIZE, PAGE_SIZE, View::Private);
                     machine.fault.arm(0);
                     let after = machine.states();
                     let exposed = machine.exposed();
@@ -80,7 +110,7 @@ proptest! {
                     let shared = |page: &u64| after[*page as usize] == PageState::Shared;
                     for page in (0..PAGES).filter(shared) {
                         let at = if page < 16 { LOW + page } else { HIGH + page - 16 };
-                        machine.vm.memory_fault(at * PAGE_SIZE, PAGE_SIZE, false).unwrap();
+                        machine.vm.memory_fault(at * PAGE_SIZE, PAGE_SIZE, View::Shared).unwrap();
                     }
                     machine.forgive_listener();
                 }
@@ -94,7 +124,10 @@ proptest! {
 fn a_private_touch_decides_the_chunk_around_it() {
     let machine = Machine::lazy(Discard::Now);
     touch(&machine, 3);
-    let states = machine.backend.state_runs(machine.backend.pages());
+    let states = machine
+        .backend
+        .state_map(machine.backend.pages(), usize::MAX)
+        .runs;
     assert_eq!(
         states,
         [
@@ -104,17 +137,44 @@ fn a_private_touch_decides_the_chunk_around_it() {
     );
     let stats = machine.backend.stats();
     assert_eq!(stats.converted_to_private, PAGE_SIZE);
-    assert_eq!(stats.converted_along, 7 * PAGE_SIZE);
+    assert_eq!(stats.converted_neighbours, 7 * PAGE_SIZE);
     machine.check_invariants();
 }
 
 #[test]
-fn pages_in_use_as_shared_are_found_after_the_attribute_is_set() {
+fn a_chunk_ends_at_pages_that_are_in_use_as_shared() {
     let machine = Machine::lazy(Discard::Now);
     machine.write(View::Shared, 5, 42);
     touch(&machine, 3);
-    assert_eq!(machine.states()[5], PageState::Shared);
+    assert_eq!(machine.states()[5], PageState::Undecided);
     assert_eq!(machine.exposed()[5], 42);
+    assert_eq!(machine.states()[4], PageState::Private);
+    assert_eq!(machine.states()[6], PageState::Undecided);
+    machine.check_invariants();
+}
+
+#[test]
+fn what_another_vcpu_stores_privately_while_a_chunk_is_decided_stays() {
+    let machine = Machine::lazy(Discard::Now);
+    // A kernel that the host has loaded there, long read.
+    machine.write(View::Shared, 5, 42);
+    let stored = machine.another_vcpu_stores(5, View::Private, 7);
+    touch(&machine, 3);
+    assert!(!stored.load(SeqCst), "the store is an exit of its own");
+    let stored = machine.another_vcpu_stores(12, View::Private, 7);
+    touch(&machine, 10);
+    assert!(stored.load(SeqCst));
+    assert_eq!(machine.exposed()[12], 7);
+}
+
+#[test]
+fn pages_that_come_into_use_as_shared_meanwhile_become_shared_again() {
+    let machine = Machine::lazy(Discard::Now);
+    let stored = machine.another_vcpu_stores(5, View::Shared, 7);
+    touch(&machine, 3);
+    assert!(stored.load(SeqCst));
+    assert_eq!(machine.states()[5], PageState::Shared);
+    assert_eq!(machine.exposed()[5], 7);
     assert_eq!(machine.states()[6], PageState::Private);
     machine.check_invariants();
 }
@@ -123,7 +183,10 @@ fn pages_in_use_as_shared_are_found_after_the_attribute_is_set() {
 fn where_somebody_listens_a_private_touch_decides_its_page_alone() {
     let machine = Machine::lazy_with_listener(Discard::Now);
     touch(&machine, 3);
-    let states = machine.backend.state_runs(machine.backend.pages());
+    let states = machine
+        .backend
+        .state_map(machine.backend.pages(), usize::MAX)
+        .runs;
     assert_eq!(
         states,
         [
@@ -155,7 +218,7 @@ fn a_hypercall_and_a_shared_touch_decide_what_they_name_only() {
     machine.vm.map_gpa_range(PAGE_SIZE, 1, 1 << 4).unwrap();
     machine
         .vm
-        .memory_fault(4 * PAGE_SIZE, PAGE_SIZE, false)
+        .memory_fault(4 * PAGE_SIZE, PAGE_SIZE, View::Shared)
         .unwrap();
     let states = machine.states();
     assert_eq!(states[1], PageState::Private);
@@ -167,7 +230,8 @@ fn a_hypercall_and_a_shared_touch_decide_what_they_name_only() {
 #[test]
 fn where_the_chunk_is_too_much_the_page_alone_becomes_private() {
     let machine = Machine::lazy(Discard::Now);
-    machine.fault.arm(1);
+    // Calls: two looks for data, then the attribute.
+    machine.fault.arm(3);
     touch(&machine, 3);
     let private = machine
         .states()
@@ -179,14 +243,28 @@ fn where_the_chunk_is_too_much_the_page_alone_becomes_private() {
 }
 
 #[test]
+fn a_neighbour_that_owes_a_hole_keeps_no_touched_page_waiting() {
+    let machine = Machine::lazy(Discard::Now);
+    machine.vm.convert(guest(5, 6), View::Private).unwrap();
+    // Calls: the punch of the shared view, two windows, then the punch of the private view.
+    machine.fault.arm(4);
+    machine.vm.free_pages(&machine.backend, file(5, 6)).unwrap();
+    assert_eq!(machine.backend.stats().owed_holes, PAGE_SIZE);
+    // Calls: two looks for data, then the hole that is owed.
+    machine.fault.arm(3);
+    touch(&machine, 3);
+    assert_eq!(machine.states()[3], PageState::Private);
+    assert_eq!(machine.states()[5], PageState::Undecided);
+    machine.check_invariants();
+}
+
+#[test]
 fn lazy_attributes_need_pages_that_start_undecided() {
     let owner = Arc::new(SoftwareOwner::default());
     let vm = Vm::new(owner, Box::new(MapperHandle(Arc::default())));
-    let config = BackendConfig {
-        start: PageState::Private,
-        lazy: Some(backend::reach::Chunk::default()),
-        ..BackendConfig::new("ram", PAGE_SIZE)
-    };
+    let mut config = BackendConfig::new("ram", PAGE_SIZE);
+    config.start = PageState::Private;
+    config.lazy = Some(backend::reach::Chunk::default());
     let error = vm.create_backend(config).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 }

@@ -3,7 +3,7 @@
 //! A VM without a hypervisor, and what must hold in it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::views::KernelFile;
@@ -72,28 +72,22 @@ impl Machine {
             Arc::new(FaultyOwner(owner.clone(), fault.clone())),
             Box::new(MapperHandle(mapper.clone())),
         );
-        let config = BackendConfig {
-            discard,
-            start,
-            lazy,
-            prefault: Prefault::Small,
-            ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
-        };
+        let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+        config.discard = discard;
+        config.start = start;
+        config.lazy = lazy;
+        config.prefault = Prefault::Small;
         let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
         let shared = Arc::new(FaultyFile(shared, fault.clone()));
         let backend = vm.create_backend_over(config, shared).unwrap();
-        assert!(
-            vm.add_window(&backend, guest(LOW, LOW + 16), 0, true)
-                .unwrap()
-        );
-        assert!(
-            vm.add_window(&backend, guest(HIGH, HIGH + 8), 16 * PAGE_SIZE, true)
-                .unwrap()
-        );
-        assert!(
-            !vm.add_window(&backend, guest(ALIAS, ALIAS + 8), 0, true)
-                .unwrap()
-        );
+        for (window, offset, binding) in [
+            (guest(LOW, LOW + 16), 0, Binding::Bound),
+            (guest(HIGH, HIGH + 8), 16 * PAGE_SIZE, Binding::Bound),
+            (guest(ALIAS, ALIAS + 8), 0, Binding::Unbound),
+        ] {
+            let added = vm.add_window(&backend, window, offset, Binding::Bound);
+            assert_eq!(added.unwrap(), binding);
+        }
         Self {
             vm,
             backend,
@@ -105,35 +99,54 @@ impl Machine {
 
     pub(crate) fn write(&self, view: View, page: u64, byte: u8) {
         let data = [byte; PAGE_SIZE as usize];
-        let backing = self.backend.backing();
-        rustix::io::pwrite(backing.file(view).fd(), &data, page * PAGE_SIZE).unwrap();
+        let views = self.backend.views();
+        rustix::io::pwrite(views.file(view).fd(), &data, page * PAGE_SIZE).unwrap();
     }
 
     pub(crate) fn read(&self, view: View, page: u64) -> u8 {
         let mut data = [0xff; PAGE_SIZE as usize];
-        let backing = self.backend.backing();
-        rustix::io::pread(backing.file(view).fd(), &mut data, page * PAGE_SIZE).unwrap();
+        let views = self.backend.views();
+        rustix::io::pread(views.file(view).fd(), &mut data, page * PAGE_SIZE).unwrap();
         assert!(data.iter().all(|byte| *byte == data[0]));
         data[0]
     }
 
     pub(crate) fn is_hole(&self, view: View, page: u64) -> bool {
-        let backing = self.backend.backing();
-        let data = rustix::fs::seek(backing.file(view).fd(), SeekFrom::Data(page * PAGE_SIZE));
+        let views = self.backend.views();
+        let data = rustix::fs::seek(views.file(view).fd(), SeekFrom::Data(page * PAGE_SIZE));
         data.map_or(true, |at| at / PAGE_SIZE != page)
     }
 
     pub(crate) fn states(&self) -> Vec<PageState> {
         let mut states = Vec::new();
-        for (run, state) in self.backend.state_runs(self.backend.pages()) {
+        for (run, state) in self
+            .backend
+            .state_map(self.backend.pages(), usize::MAX)
+            .runs
+        {
             states.extend((run.start()..run.end()).map(|_| state));
         }
         states
     }
 
+    /// Another vCPU stores a byte all over a page of the backend when the next attribute is set. Says
+    /// whether it could: where attribute and intent differ, there is an exit instead.
+    pub(crate) fn another_vcpu_stores(&self, page: u64, view: View, byte: u8) -> Arc<AtomicBool> {
+        let stored = Arc::new(AtomicBool::new(false));
+        let (owner, views, done) = (self.owner.clone(), self.backend.views(), stored.clone());
+        self.fault.at_attribute(view, move || {
+            if owner.view(bound(page)) == view {
+                let data = [byte; PAGE_SIZE as usize];
+                rustix::io::pwrite(views.file(view).fd(), &data, page * PAGE_SIZE).unwrap();
+                done.store(true, Ordering::SeqCst);
+            }
+        });
+        stored
+    }
+
     /// What must hold between requests, whatever has failed.
     pub(crate) fn check_invariants(&self) {
-        let mut unpunched = 0;
+        let mut owed = 0;
         let states = self.states();
         for (page, state) in (0..).zip(&states) {
             assert_ne!(*state, PageState::Transition);
@@ -141,12 +154,11 @@ impl Machine {
                 PageState::Private => View::Private,
                 _ => View::Shared,
             };
-            let bound = if page < 16 {
-                LOW + page
-            } else {
-                HIGH + page - 16
-            };
-            assert_eq!(self.owner.view(bound), view, "attribute of page {page}");
+            assert_eq!(
+                self.owner.view(bound(page)),
+                view,
+                "attribute of page {page}"
+            );
             if page < 8 {
                 assert_eq!(self.owner.view(ALIAS + page), view, "alias of page {page}");
             }
@@ -156,12 +168,12 @@ impl Machine {
                 "mapping of page {page}"
             );
             if !self.is_hole(view.other(), page) {
-                unpunched += 1;
+                owed += 1;
             }
         }
         let stats = self.backend.stats();
         // More may be on record: a page that was a hole anyway.
-        assert!(stats.unpunched >= unpunched * PAGE_SIZE);
+        assert!(stats.owed_holes >= owed * PAGE_SIZE);
         for (state, bytes) in PageState::ALL.iter().zip(stats.state_bytes) {
             let count = states.iter().filter(|s| *s == state).count() as u64;
             assert_eq!(bytes, count * PAGE_SIZE);
@@ -212,9 +224,17 @@ pub(crate) fn at(page: u64) -> Option<(u64, bool)> {
     }
 }
 
+/// Where the guest sees a page of the backend through a bound window.
+pub(crate) fn bound(page: u64) -> u64 {
+    match page {
+        0..16 => LOW + page,
+        page => HIGH + page - 16,
+    }
+}
+
 pub(crate) fn touch(machine: &Machine, page: u64) {
     machine
         .vm
-        .memory_fault(page * PAGE_SIZE, PAGE_SIZE, true)
+        .memory_fault(page * PAGE_SIZE, PAGE_SIZE, View::Private)
         .unwrap();
 }

@@ -6,7 +6,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use guestmemfd::listener::Level;
 use guestmemfd::*;
 use rustix::io::Errno;
 
@@ -36,20 +35,20 @@ impl Listener for MapperHandle {
         !self.0.absent.load(Ordering::SeqCst)
     }
 
-    fn populate(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
+    fn map(&self, backend: &Backend, pages: FilePages) -> io::Result<()> {
         self.0.fault.call()?;
         let mut mapped = self.0.mapped.lock();
         for page in pages.start()..pages.end() {
             assert!(!std::mem::replace(&mut mapped[page as usize], true));
         }
         if self.0.writes.load(Ordering::SeqCst) {
-            let backing = backend.backing();
-            rustix::io::pwrite(backing.file(View::Shared).fd(), &[1], pages.start_bytes())?;
+            let views = backend.views();
+            rustix::io::pwrite(views.file(View::Shared).fd(), &[1], pages.start_bytes())?;
         }
         Ok(())
     }
 
-    fn discard(&self, _: &Backend, pages: FilePages) {
+    fn unmap(&self, _: &Backend, pages: FilePages) {
         let mut mapped = self.0.mapped.lock();
         for page in pages.start()..pages.end() {
             assert!(std::mem::replace(&mut mapped[page as usize], false));
@@ -75,6 +74,4 @@ impl Listener for MapperHandle {
         assert!(backend.is_some());
         self.0.failed.lock().push((guest, to));
     }
-
-    fn log(&self, _: Level, _: &str) {}
 }

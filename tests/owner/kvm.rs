@@ -50,7 +50,7 @@ pub(crate) fn machine(mode: (Mode, bool)) -> std::result::Result<Machine, String
     let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
     let kind = match mode.0 {
         Mode::Private => KVM_X86_SW_PROTECTED_VM,
-        Mode::Mapped => KVM_X86_DEFAULT_VM,
+        _ => KVM_X86_DEFAULT_VM,
     };
     let kvm_vm = kvm
         .create_vm_with_type(kind.into())
@@ -59,20 +59,17 @@ pub(crate) fn machine(mode: (Mode, bool)) -> std::result::Result<Machine, String
     let [kvm_fd, vm_fd] =
         [kvm.as_raw_fd(), kvm_vm.as_raw_fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
     let owner = KvmOwner::new(kvm_fd, vm_fd).map_err(|error| error.to_string())?;
-    let (vm, backend, bound) = vm(Arc::new(owner), mode).map_err(|error| error.to_string())?;
+    let (vm, backend, bindings) = vm(Arc::new(owner), mode).map_err(|error| error.to_string())?;
 
     let mut memory = Vec::new();
-    for (slot, (window, bound)) in (1..).zip(WINDOWS.into_iter().zip(bound)) {
+    for (slot, (window, binding)) in (1..).zip(WINDOWS.into_iter().zip(bindings)) {
+        let bound = binding == Binding::Bound;
         let (start, first, count) = window;
-        let backing = backend.backing();
-        let shared = backing
-            .file(View::Shared)
-            .fd()
-            .try_clone_to_owned()
-            .unwrap();
+        let views = backend.views();
+        let shared = views.file(View::Shared).fd().try_clone_to_owned().unwrap();
         let file = FileOffset::new(File::from(shared), first * PAGE_SIZE);
         let mapping = MmapRegion::from_file(file, (count * PAGE_SIZE) as usize).unwrap();
-        let private = backing.file(View::Private).fd().as_raw_fd();
+        let private = views.file(View::Private).fd().as_raw_fd();
         let region = kvm_userspace_memory_region2 {
             slot,
             flags: if bound { KVM_MEM_GUEST_MEMFD } else { 0 },
@@ -121,8 +118,11 @@ impl KvmGuest {
             match self.vcpu.run().unwrap() {
                 VcpuExit::Hlt => break,
                 VcpuExit::MemoryFault { flags, gpa, size } => {
-                    let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
-                    vm.memory_fault(gpa, size, private).unwrap();
+                    let intent = match flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) {
+                        0 => View::Shared,
+                        _ => View::Private,
+                    };
+                    vm.memory_fault(gpa, size, intent).unwrap();
                 }
                 other => panic!("{other:?}"),
             }

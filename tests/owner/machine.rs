@@ -46,20 +46,24 @@ pub(crate) fn guest_pages((start, _, count): (u64, u64, u64)) -> GuestPages {
     GuestPages::new(start, start + count).unwrap()
 }
 
-/// A VM with a backend whose pages are all to be seen, and which of [`WINDOWS`] are bound.
+/// A VM with a backend whose pages are all to be seen, and how each of [`WINDOWS`] is bound.
 pub(crate) fn vm(
     owner: Arc<dyn Owner>,
     (mode, bind): (Mode, bool),
-) -> Result<(Vm, Arc<Backend>, [bool; 3])> {
+) -> Result<(Vm, Arc<Backend>, [Binding; 3])> {
     let vm = Vm::new(owner, Box::new(Silent));
-    let backend = vm.create_backend(BackendConfig {
-        mode: Some(mode),
-        bind,
-        ..BackendConfig::new("ram", PAGES * PAGE_SIZE)
-    })?;
-    let mut bound = [false; 3];
-    for (window, bound) in WINDOWS.into_iter().zip(&mut bound) {
-        *bound = vm.add_window(&backend, guest_pages(window), window.1 * PAGE_SIZE, true)?;
+    let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+    config.mode = Some(mode);
+    config.bind = bind;
+    let backend = vm.create_backend(config)?;
+    let mut bindings = [Binding::Unbound; 3];
+    for (window, binding) in WINDOWS.into_iter().zip(&mut bindings) {
+        *binding = vm.add_window(
+            &backend,
+            guest_pages(window),
+            window.1 * PAGE_SIZE,
+            Binding::Bound,
+        )?;
     }
-    Ok((vm, backend, bound))
+    Ok((vm, backend, bindings))
 }

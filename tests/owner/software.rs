@@ -40,14 +40,14 @@ impl Guest for SoftwareGuest {
     fn read(&mut self, _: &Vm, gpa: u64) -> u8 {
         let (view, offset) = self.place(gpa);
         let mut byte = [0];
-        let backing = self.backend.backing();
-        backing.file(view).read_at(offset, &mut byte).unwrap();
+        let views = self.backend.views();
+        views.file(view).read_at(offset, &mut byte).unwrap();
         byte[0]
     }
 
     fn write(&mut self, _: &Vm, gpa: u64, byte: u8) {
         let (view, offset) = self.place(gpa);
-        let backing = self.backend.backing();
-        backing.file(view).write_at(offset, &[byte]).unwrap();
+        let views = self.backend.views();
+        views.file(view).write_at(offset, &[byte]).unwrap();
     }
 }

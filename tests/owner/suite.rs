@@ -114,7 +114,7 @@ fn take(machine: &mut Machine, model: &mut Model, step: Step) -> Check {
             }
         }
         Step::Discard(pages) => {
-            vm.discard(&machine.backend, pages).unwrap();
+            vm.free_pages(&machine.backend, pages).unwrap();
             model.empty(pages);
         }
     }

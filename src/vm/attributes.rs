@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Attributes: which view of its pages a guest sees, at every place where they appear.
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::pages::ranges::{FilePages, GuestPages};
+use crate::pages::states::{PageState, View};
+use crate::vm::Vm;
+use crate::vm::moves::Run;
+
+impl Vm {
+    /// Sets the attributes of runs at every place they appear at, or of none.
+    pub(super) fn set_attributes(&self, runs: &[Run<'_>], view: View) -> Result<()> {
+        for (index, run) in runs.iter().enumerate() {
+            if let Err(error) = self.set_attributes_of(run.backend, run.pages, view) {
+                self.set_attributes_back(&runs[..=index], view.other());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// After a failure. Where this fails too, it is made up for before the pages are converted again.
+    pub(super) fn set_attributes_back(&self, runs: &[Run<'_>], view: View) {
+        for run in runs {
+            if let Err(later) = self.set_attributes_of(run.backend, run.pages, view) {
+                run.backend.doubt_attributes(run.pages);
+                self.log_error(&later);
+            }
+        }
+    }
+
+    /// Sets the attributes of pages at every place they appear at.
+    pub(super) fn set_attributes_of(
+        &self,
+        backend: &Backend,
+        pages: FilePages,
+        view: View,
+    ) -> Result<()> {
+        let places = self.windows.read().places(backend.id(), pages, view);
+        places
+            .into_iter()
+            .try_for_each(|guest| self.set_attributes_at(guest, view))
+    }
+
+    pub(super) fn set_attributes_at(&self, guest: GuestPages, view: View) -> Result<()> {
+        let set = self.owner().set_attributes(guest, view);
+        set.map_err(|source| Error::SetAttributes {
+            guest,
+            view,
+            source,
+        })
+    }
+
+    /// Brings attributes in line with states where that has failed before. The caller has claimed
+    /// the pages.
+    pub(super) fn repair_attributes(&self, backend: &Backend, pages: FilePages) -> Result<()> {
+        while let Some(doubtful) = backend.first_doubtful(pages) {
+            let (run, state) = backend.first_run(doubtful);
+            let view = match state {
+                PageState::Private => View::Private,
+                _ => View::Shared,
+            };
+            self.set_attributes_of(backend, run, view)?;
+            // The guest may have used the other view meanwhile.
+            backend.punch(run, view.other())?;
+            backend.attributes_are_right(run);
+        }
+        Ok(())
+    }
+}

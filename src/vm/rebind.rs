@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Another owner: the guest starts over in another VM of the hypervisor, as after a confidential
+//! reset.
+
+use std::sync::Arc;
+
+use crate::backend::{Backend, Discard, RUNS_AT_ONCE, create};
+use crate::error::{Error, Result};
+use crate::listener::Notifier;
+use crate::owner::Owner;
+use crate::pages::ranges::FilePages;
+use crate::pages::states::{PageState, View};
+use crate::vm::Vm;
+
+impl Vm {
+    /// The guest runs under a new owner now. All windows have been removed. Every backend gets a new
+    /// private file, and its pages start over. What was private is gone; what was shared survives, as
+    /// RAM does in any reset, unless pages start private. Mapped backends keep their file, which slots
+    /// of another VM cannot carry: bound ones are refused.
+    ///
+    /// Takes no longer if states are scattered, unless somebody listens or pages keep their data when
+    /// they become private ([`Discard::Keep`]).
+    ///
+    /// # Errors
+    /// [`Error::InUse`], [`Error::CreateFile`], or [`Error::Punch`] if a shared file cannot be
+    /// emptied: no backend has started over then, and no listener has been told of anything.
+    /// [`Error::Listener`] is the first refusal to map pages; all have started over.
+    pub fn rebind(&self, owner: Arc<dyn Owner>) -> Result<()> {
+        let backends = self.all_backends();
+        let notifier = self.begin()?;
+        let _layout = self.layout.lock();
+        if !self.windows.read().is_empty() {
+            return Err(Error::InUse {
+                what: "a VM cannot get a new owner",
+                user: "the guest has windows",
+            });
+        }
+        let views = backends
+            .iter()
+            .map(|backend| create::for_new_owner(owner.as_ref(), backend))
+            .collect::<Result<Vec<_>>>()?;
+        let all = backends.iter().map(|b| (b.id(), b.pages()));
+        let _claim = self.claim_layout(all, None);
+        let start_over: Vec<_> = backends
+            .iter()
+            .zip(views)
+            .filter_map(|(backend, views)| Some((backend, views?)))
+            .collect();
+        for (backend, _) in &start_over {
+            empty_shared_view(backend)?;
+        }
+        // Their attributes went with the old owner.
+        self.windows.write().forget_stale();
+        *self.owner.write() = owner;
+        let mut result = Ok(());
+        for (backend, views) in start_over {
+            backend.replace_views(views);
+            backend.forget_debts();
+            if notifier.is_listening() {
+                result = result.and(tell(backend, &notifier));
+            }
+            backend.with_states(|states| states.reset(backend.config().start));
+        }
+        result
+    }
+}
+
+/// Frees what the shared view holds of pages that start over. The caller has claimed them.
+fn empty_shared_view(backend: &Backend) -> Result<()> {
+    if !backend.config().start.host_may_use() {
+        return backend.punch(backend.pages(), View::Shared);
+    }
+    backend.punch_owed(backend.pages(), View::Shared)?;
+    if backend.config().discard == Discard::Keep {
+        for_each_run(backend, |pages, state| match state.host_may_use() {
+            true => Ok(()),
+            false => backend.punch(pages, View::Shared),
+        })?;
+    }
+    Ok(())
+}
+
+/// Tells the listener what becomes of pages that are still in their old states. Goes on after an
+/// error, and returns the first.
+fn tell(backend: &Backend, notifier: &Notifier<'_>) -> Result<()> {
+    let usable = backend.config().start.host_may_use();
+    let mut result = Ok(());
+    let told = for_each_run(backend, |pages, state| {
+        match (state.host_may_use(), usable) {
+            (true, false) => notifier.unmap(backend, pages),
+            (false, true) => {
+                let mapped = notifier.map(backend, pages);
+                result = std::mem::replace(&mut result, Ok(())).and(mapped);
+            }
+            _ => {}
+        }
+        Ok(())
+    });
+    result.and(told)
+}
+
+/// Walks the runs of all states, a bounded number at a time.
+fn for_each_run(
+    backend: &Backend,
+    mut act: impl FnMut(FilePages, PageState) -> Result<()>,
+) -> Result<()> {
+    let mut rest = Some(backend.pages());
+    while let Some(pages) = rest {
+        let map = backend.state_map(pages, RUNS_AT_ONCE);
+        map.runs
+            .into_iter()
+            .try_for_each(|(run, state)| act(run, state))?;
+        rest = map.rest;
+    }
+    Ok(())
+}
