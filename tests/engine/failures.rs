@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use guestmemfd::*;
 use proptest::prelude::*;
+use rustix::io::Errno;
 
 use crate::fault::LASTING;
 use crate::machine::*;
@@ -166,4 +167,24 @@ fn a_hole_that_could_not_be_punched_is_punched_before_the_view_is_seen_again() {
     machine.vm.convert(page, View::Shared).unwrap();
     assert_eq!(machine.read(View::Shared, 16), 0);
     assert_eq!(machine.backend.stats().owed_holes, 0);
+}
+
+#[test]
+fn only_the_user_asks_for_a_request_to_come_again() {
+    let machine = Machine::new();
+    // The reasons of the fault in turn; EINTR and EAGAIN are among them.
+    let again = [Errno::INTR, Errno::AGAIN].map(Errno::raw_os_error);
+    let mut seen = Vec::new();
+    for _ in 0..5 {
+        machine.fault.arm_pair(1, LASTING);
+        let refused = machine.vm.map_gpa_range(3 * PAGE_SIZE, 1, 1 << 4);
+        machine.fault.arm(0);
+        let Err(Error::SetAttributes { source, .. }) = &refused else {
+            panic!("{refused:?}");
+        };
+        seen.push(source.raw_os_error().unwrap());
+        let errno = refused.unwrap_err().errno();
+        assert!(!again.contains(&errno), "{errno}");
+    }
+    assert!(again.iter().all(|errno| seen.contains(errno)), "{seen:?}");
 }

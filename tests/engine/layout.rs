@@ -113,3 +113,104 @@ fn under_a_new_owner_pages_that_start_private_start_empty() {
         assert!((0..PAGES).all(|page| machine.is_hole(view, page)));
     }
 }
+
+/// Windows of a machine, as it begins with them.
+const WINDOWS: [(u64, u64); 3] = [(LOW, LOW + 16), (HIGH, HIGH + 8), (ALIAS, ALIAS + 8)];
+
+fn remove_windows(machine: &Machine) {
+    for (start, end) in WINDOWS {
+        machine.vm.remove_window(guest(start, end)).unwrap();
+    }
+}
+
+/// A backend of eight pages where the guest saw the first pages of another.
+fn replace_backend(machine: &Machine) -> Arc<Backend> {
+    let new = machine
+        .vm
+        .create_backend(BackendConfig::new("new", 8 * PAGE_SIZE));
+    let new = new.unwrap();
+    let low = guest(LOW, LOW + 8);
+    machine.vm.add_window(&new, low, 0, Binding::Bound).unwrap();
+    new
+}
+
+#[test]
+fn attributes_of_a_backend_that_is_gone_are_cleared_when_the_kernel_serves_again() {
+    let machine = Machine::new();
+    machine.vm.convert(guest(2, 4), View::Private).unwrap();
+    remove_windows(&machine);
+    machine.fault.arm_pair(1, LASTING);
+    machine.vm.remove_backend(&machine.backend).unwrap_err();
+    machine.fault.arm(0);
+    assert_eq!(machine.owner.view(2), View::Private, "the call has failed");
+    let new = replace_backend(&machine);
+    assert_eq!(machine.owner.view(2), View::Shared);
+    machine
+        .vm
+        .memory_fault(2 * PAGE_SIZE, PAGE_SIZE, View::Shared)
+        .unwrap();
+    assert_eq!(new.state(2), PageState::Shared);
+    machine.vm.clear_stale_windows().unwrap();
+    assert_eq!(machine.owner.view(ALIAS + 2), View::Shared);
+}
+
+#[test]
+fn attributes_in_doubt_do_not_outlive_their_windows() {
+    let machine = Machine::new();
+    // Calls: the attribute of the alias, of the window, and the one that would set the first back.
+    machine.fault.arm_pair(2, LASTING);
+    machine.vm.convert(guest(2, 3), View::Private).unwrap_err();
+    machine.fault.arm(0);
+    assert_eq!(machine.states()[2], PageState::Undecided);
+    assert_eq!(
+        machine.owner.view(ALIAS + 2),
+        View::Private,
+        "could not be set back"
+    );
+    remove_windows(&machine);
+    machine.vm.clear_stale_windows().unwrap();
+    assert_eq!(machine.owner.view(ALIAS + 2), View::Shared);
+}
+
+#[test]
+fn a_backend_of_another_vm_is_refused() {
+    let (one, other) = (Machine::new(), Machine::new());
+    let refused = |result: Result<()>| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::OtherVm { .. }), "{error}");
+    };
+    let elsewhere = guest(500, 516);
+    refused(
+        one.vm
+            .add_window(&other.backend, elsewhere, 0, Binding::Bound)
+            .map(drop),
+    );
+    refused(one.vm.free_pages(&other.backend, file(0, 1)));
+    refused(one.vm.free_private(&other.backend));
+    refused(one.vm.pin(&other.backend, file(0, 1)));
+    refused(one.vm.remove_backend(&other.backend));
+    refused(one.vm.save_states(&other.backend, &mut Vec::new()));
+    assert!(!one.vm.host_may_use(&other.backend, file(0, 1)));
+    other.check_invariants();
+}
+
+#[test]
+fn a_new_owner_that_fails_leaves_listeners_with_what_they_had() {
+    let machine = Machine::with(Discard::Now, PageState::Private);
+    machine.vm.convert(guest(0, 8), View::Shared).unwrap();
+    remove_windows(&machine);
+    let owner = Arc::new(FaultyOwner(machine.owner.clone(), machine.fault.clone()));
+    // Calls: the new private file, then the punch of the shared one.
+    machine.fault.arm(2);
+    let error = machine.vm.rebind(owner.clone()).unwrap_err();
+    assert!(matches!(error, Error::Punch { .. }), "{error}");
+    for (page, mapped) in machine.mapper.mapped.lock().iter().enumerate() {
+        assert_eq!(
+            *mapped,
+            machine.states()[page].host_may_use(),
+            "page {page}"
+        );
+    }
+    machine.vm.rebind(owner).unwrap();
+    assert!(!machine.mapper.mapped.lock().iter().any(|mapped| *mapped));
+}

@@ -2,8 +2,12 @@
 
 //! Several threads at once.
 
+use std::io;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Barrier, OnceLock, Weak};
+use std::time::Duration;
 
+use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::*;
 
 use crate::machine::*;
@@ -88,4 +92,54 @@ fn a_request_that_is_interrupted_while_it_waits_is_counted_when_it_comes_again()
     let stats = machine.backend.stats();
     assert!(interruptions > 0, "nobody had to wait");
     assert_eq!((stats.hypercalls, stats.refused), (served, 0));
+}
+
+/// Asks about other pages than those that it is told of.
+struct Asks {
+    vm: OnceLock<Weak<Vm>>,
+    asked: Barrier,
+    go: Barrier,
+}
+
+impl Listener for &'static Asks {
+    fn begin(&self) -> bool {
+        true
+    }
+
+    fn map(&self, backend: &Backend, _: FilePages) -> io::Result<()> {
+        self.asked.wait();
+        self.go.wait();
+        let vm = self.vm.get().and_then(Weak::upgrade).unwrap();
+        assert!(vm.host_may_use(backend, file(4, 5)));
+        vm.pin(backend, file(4, 5)).unwrap();
+        backend.unpin(file(4, 5)).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_listener_that_asks_does_not_wait_for_those_that_wait_for_it() {
+    let asks: &'static Asks = Box::leak(Box::new(Asks {
+        vm: OnceLock::new(),
+        asked: Barrier::new(2),
+        go: Barrier::new(2),
+    }));
+    let vm = Arc::new(Vm::new(Arc::new(SoftwareOwner::default()), Box::new(asks)));
+    asks.vm.set(Arc::downgrade(&vm)).unwrap();
+    let backend = vm
+        .create_backend(BackendConfig::new("ram", 8 * PAGE_SIZE))
+        .unwrap();
+    vm.add_window(&backend, guest(0, 8), 0, Binding::Bound)
+        .unwrap();
+    vm.convert(guest(0, 1), View::Private).unwrap();
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| vm.convert(guest(0, 1), View::Shared));
+        asks.asked.wait();
+        let waiting = scope.spawn(|| vm.convert(guest(0, 8), View::Private));
+        // Until it is in the queue, behind the one whose listener asks.
+        std::thread::sleep(Duration::from_millis(50));
+        asks.go.wait();
+        assert_eq!(asking.join().unwrap().unwrap(), 1);
+        assert_eq!(waiting.join().unwrap().unwrap(), 8);
+    });
 }
