@@ -19,6 +19,7 @@ mod process;
 mod progress;
 mod python;
 mod qemu;
+mod qemu_series;
 mod qemu_source;
 mod scratch;
 mod test;

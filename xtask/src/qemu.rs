@@ -10,6 +10,7 @@ use crate::cache::{self, Key, Lock};
 use crate::context::Context;
 use crate::process::{Job, command};
 use crate::progress::Step;
+use crate::qemu_series::{self, our_patches};
 use crate::qemu_source::{self, Source};
 use crate::{cargo, fetch, python};
 
@@ -112,7 +113,7 @@ pub(crate) fn lock(ctx: &Context, step: &Step) -> Result<Lock> {
 pub(crate) fn prepare(ctx: &Context, step: &Step) -> Result<Tree> {
     let source = Source::prepare(ctx, step)?;
     step.say("applying patches");
-    let trees = source.patched(&qemu_source::our_patches(ctx)?)?;
+    let trees = source.patched(&our_patches(ctx)?)?;
     Ok(Tree {
         source: source.check_out("source", &trees)?,
         folder: source.folder().to_owned(),
@@ -123,7 +124,7 @@ pub(crate) fn prepare(ctx: &Context, step: &Step) -> Result<Tree> {
 fn result_key(ctx: &Context, release: &fetch::Release, library: &Path) -> Result<String> {
     let mut key = release.key().add("configure", CONFIGURE.join(" "));
     key = key.add_file(&ctx.root.join("lab/python.txt"))?;
-    for patch in qemu_source::our_patches(ctx)? {
+    for patch in our_patches(ctx)? {
         key = key.add_file(&patch)?;
     }
     key = key
@@ -136,10 +137,11 @@ fn result_key(ctx: &Context, release: &fetch::Release, library: &Path) -> Result
 fn build_users(ctx: &Context, step: &Step, source: &Path, library: &Path) -> Result<Qemu> {
     if !has_option(source)? {
         bail!(
-            "{} does not have the patches; apply them with: git -C {} am {}/qemu-patches/11.1/*.patch",
+            "{} does not have the patches; apply them with: {}/qemu-patches/git-series.sh import {} {}",
             source.display(),
-            source.display(),
-            ctx.root.display()
+            ctx.root.display(),
+            qemu_series::folder(ctx).display(),
+            source.display()
         );
     }
     let key = Key::default()

@@ -15,9 +15,6 @@ use crate::fetch::{self, Obtained, Release};
 use crate::process::{Job, command, output};
 use crate::progress::Step;
 
-/// Where the patches of the supported series lie.
-const PATCHES: &str = "qemu-patches/11.1";
-
 /// The patches that a `series` file lists, in order.
 pub(crate) fn series(folder: &Path) -> Result<Vec<PathBuf>> {
     let path = folder.join("series");
@@ -33,11 +30,6 @@ fn series_lines(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .map(|line| line.split('#').next().unwrap_or_default().trim())
         .filter(|line| !line.is_empty())
-}
-
-/// Our patches for QEMU.
-pub(crate) fn our_patches(ctx: &Context) -> Result<Vec<PathBuf>> {
-    series(&ctx.root.join(PATCHES))
 }
 
 /// Applies patches to a folder in place.

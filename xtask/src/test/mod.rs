@@ -98,7 +98,7 @@ const STEPS: &[TestStep] = &[
     step("kernel", "the lab's kernel builds", steps::kernel),
     step(
         "patches",
-        "each patch applies and passes checkpatch",
+        "each patch is listed, applies, and passes checkpatch",
         patches_step,
     ),
     step(
@@ -119,7 +119,13 @@ const STEPS: &[TestStep] = &[
         "conversions cost no more instructions than they did",
         steps::bench,
     ),
-    step("series", "each step of the patches compiles", series_step).long(),
+    step(
+        "topics",
+        "QEMU compiles after each folder of patches, with the library and without",
+        topics_step,
+    )
+    .long(),
+    step("series", "QEMU compiles after each patch", series_step).long(),
     step("qtest", "QEMU's own tests, with the library", steps::qtest).long(),
     step(
         "without",
@@ -131,6 +137,10 @@ const STEPS: &[TestStep] = &[
 
 fn series_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
     patches::compile_each(bench.ctx, step)
+}
+
+fn topics_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
+    patches::compile_topics(bench.ctx, step)
 }
 
 fn patches_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Our patches for QEMU: each applies, has no errors for checkpatch, and leaves
-//! a tree that compiles.
+//! Our patches for QEMU: each is listed, applies, has no errors for checkpatch, and leaves a tree
+//! that compiles.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use crate::context::Context;
 use crate::process::{Job, command};
 use crate::progress::Step;
 use crate::qemu::{self, Tree};
-use crate::qemu_source::{Source, our_patches};
+use crate::qemu_series::{self, our_patches};
+use crate::qemu_source::Source;
 use crate::{cargo, header};
 
 use super::report::Tally;
@@ -20,12 +21,17 @@ use super::report::Tally;
 /// The work tree in which the steps on the way are compiled.
 const WORK_TREE: &str = "steps";
 
-/// Each patch applies and passes checkpatch.
+/// The folders are in order, and each patch applies and passes checkpatch.
 pub(crate) fn test(ctx: &Context, step: &Step) -> Result<Tally> {
+    let mut tally = Tally::default();
+    let folder = qemu_series::folder(ctx);
+    for problem in qemu_series::problems(&folder)? {
+        tally.add(Tally::fail(problem));
+    }
+    let topics = qemu_series::topics(&folder)?;
     let patches = our_patches(ctx)?;
     let _lock = qemu::lock(ctx, step)?;
     let source = Source::prepare(ctx, step)?;
-    let mut tally = Tally::default();
 
     step.say("applying each patch");
     let trees = source.patched(&patches)?;
@@ -39,43 +45,130 @@ pub(crate) fn test(ctx: &Context, step: &Step) -> Result<Tally> {
         tally.add(check_style(ctx, &checkpatch, patch)?);
     }
     if tally.failed == 0 {
-        tally.detail = format!("{} patches", patches.len());
+        tally.detail = format!("{} patches in {} folders", patches.len(), topics.len());
     }
     Ok(tally)
 }
 
-/// Each step of the series compiles.
+/// QEMU compiles after each patch, with the library once the patches know it.
 pub(crate) fn compile_each(ctx: &Context, step: &Step) -> Result<Tally> {
-    let patches = our_patches(ctx)?;
-    let library = cargo::library(ctx, step)?;
-    let lock = qemu::lock(ctx, step)?;
-    let source = Source::prepare(ctx, step)?;
-    let trees = source.patched(&patches)?;
-    drop(lock);
+    let series = Series::new(ctx, step)?;
     let mut tally = Tally::default();
-
-    // From here on in folders of its own, so that other runs need not wait.
-    let _lock = cache::lock(&ctx.cache, "qemu-steps", step)?;
     // The last step is what the lab runs: it is compiled anyway.
-    for count in 1..patches.len() {
-        let name = file_name(&patches[count - 1]);
-        step.say(format_args!(
-            "compiling after {name} ({count} of {})",
-            patches.len() - 1
+    for (index, name) in series.names[..series.names.len() - 1].iter().enumerate() {
+        tally.add(series.compile(index + 1, name, true)?);
+    }
+    Ok(tally)
+}
+
+/// QEMU compiles after each folder: without the library, and with it once the patches know it.
+pub(crate) fn compile_topics(ctx: &Context, step: &Step) -> Result<Tally> {
+    let series = Series::new(ctx, step)?;
+    let mut tally = Tally::default();
+    let mut count = 0;
+    for topic in qemu_series::topics(&qemu_series::folder(ctx))? {
+        count += topic.patches.len();
+        tally.add(series.compile(count, &topic.name, false)?);
+        if series.knows_library(count)? {
+            tally.add(series.compile(count, &topic.name, true)?);
+        }
+    }
+    Ok(tally)
+}
+
+/// The steps from the release to the tree with all patches.
+struct Series<'a> {
+    ctx: &'a Context,
+    step: &'a Step,
+    names: Vec<String>,
+    source: Source,
+    trees: Vec<String>,
+    library: PathBuf,
+    /// Builds are made in folders of their own, so that other runs need not wait.
+    _lock: cache::Lock,
+}
+
+impl<'a> Series<'a> {
+    fn new(ctx: &'a Context, step: &'a Step) -> Result<Self> {
+        let patches = our_patches(ctx)?;
+        let library = cargo::library(ctx, step)?;
+        let lock = qemu::lock(ctx, step)?;
+        let source = Source::prepare(ctx, step)?;
+        let trees = source.patched(&patches)?;
+        drop(lock);
+        Ok(Self {
+            ctx,
+            step,
+            names: patches.iter().map(|patch| file_name(patch)).collect(),
+            source,
+            trees,
+            library,
+            _lock: cache::lock(&ctx.cache, "qemu-steps", step)?,
+        })
+    }
+
+    fn check_out(&self, count: usize) -> Result<Tree> {
+        Ok(Tree {
+            source: self.source.check_out(WORK_TREE, &self.trees[..count])?,
+            folder: self.source.folder().join("steps-build"),
+        })
+    }
+
+    /// Do the first `count` patches bring the option?
+    fn knows_library(&self, count: usize) -> Result<bool> {
+        qemu::has_option(&self.check_out(count)?.source)
+    }
+
+    /// Compiles the tree after `count` patches; `name` is for people.
+    fn compile(&self, count: usize, name: &str, library: bool) -> Result<Tally> {
+        let how = if library { "" } else { ", without the library" };
+        self.step.say(format_args!(
+            "compiling after {name}{how} ({count} of {} patches)",
+            self.trees.len()
         ));
-        let result = compile(ctx, step, &source, &trees[..count], &library);
-        tally.add(match result {
+        Ok(match self.compile_tree(count, library) {
             Ok(()) => Tally {
                 passed: 1,
                 ..Tally::default()
             },
             Err(error) => {
-                step.note(format_args!("after {name}: {error:#}"));
-                Tally::fail(format!("does not compile after {name}"))
+                self.step.note(format_args!("after {name}{how}: {error:#}"));
+                Tally::fail(format!("does not compile after {name}{how}"))
             }
-        });
+        })
     }
-    Ok(tally)
+
+    /// Compiles one tree, unless the same was compiled before.
+    fn compile_tree(&self, count: usize, library: bool) -> Result<()> {
+        let tree = self.check_out(count)?;
+        // To change the options means to compile everything again, so they have folders each.
+        let build = match (qemu::has_option(&tree.source)?, library) {
+            (false, _) => "plain",
+            (true, true) => "with",
+            (true, false) => "without",
+        };
+        let stamp = self.stamp(&self.trees[count - 1], build)?;
+        if stamp.exists() {
+            return Ok(());
+        }
+        qemu::install_library(self.ctx, &tree, &self.library)?;
+        // A patch of the QAPI schema touches a thousand files, most of which stay as they were.
+        let ccache = ["--cc=ccache gcc"];
+        let build = tree.folder.join(build);
+        qemu::compile(self.ctx, self.step, &tree, &build, library, &ccache)?;
+        fs::write(stamp, "")?;
+        Ok(())
+    }
+
+    /// Exists when a tree has compiled in this way with this header.
+    fn stamp(&self, tree: &str, build: &str) -> Result<PathBuf> {
+        let key = Key::default()
+            .add("tree", tree)
+            .add("build", build)
+            .add_file(&header::path(self.ctx))?;
+        let name = format!("compiled-{}", key.finish());
+        Ok(self.source.folder().join(name))
+    }
 }
 
 fn check_style(ctx: &Context, checkpatch: &Path, patch: &Path) -> Result<Tally> {
@@ -100,46 +193,4 @@ fn check_style(ctx: &Context, checkpatch: &Path, patch: &Path) -> Result<Tally> 
         });
     }
     Ok(Tally::fail(errors.join("\n")))
-}
-
-/// Compiles one tree of the series, unless the same was compiled before.
-fn compile(
-    ctx: &Context,
-    step: &Step,
-    source: &Source,
-    trees: &[String],
-    library: &Path,
-) -> Result<()> {
-    let tree = trees.last().map_or("", String::as_str);
-    let stamp = stamp(ctx, source.folder(), tree)?;
-    if stamp.exists() {
-        return Ok(());
-    }
-    let work_tree = source.check_out(WORK_TREE, trees)?;
-    let folder = source.folder().join("steps-build");
-    let tree = Tree {
-        source: work_tree,
-        folder,
-    };
-    qemu::install_library(ctx, &tree, library)?;
-    // A build folder each for the steps with and without the option: to change
-    // the options means to compile everything again.
-    let build = if qemu::has_option(&tree.source)? {
-        "with"
-    } else {
-        "without"
-    };
-    // A patch of the QAPI schema touches a thousand files, most of which stay as they were.
-    let ccache = ["--cc=ccache gcc"];
-    qemu::compile(ctx, step, &tree, &tree.folder.join(build), true, &ccache)?;
-    fs::write(stamp, "")?;
-    Ok(())
-}
-
-/// Exists when a tree has compiled with this header.
-fn stamp(ctx: &Context, folder: &Path, tree: &str) -> Result<PathBuf> {
-    let key = Key::default()
-        .add("tree", tree)
-        .add_file(&header::path(ctx))?;
-    Ok(folder.join(format!("compiled-{}", key.finish())))
 }
