@@ -342,11 +342,11 @@ fn dimm<'a>(word: &'a str, value: &'a str) -> Result<(u64, u64), Error<'a>> {
 
 fn discards<'a>(word: &'a str, value: &str) -> Result<bool, Error<'a>> {
     match value {
-        "now" | "coalesced" => Ok(true),
+        "now" => Ok(true),
         "keep" => Ok(false),
         _ => Err(Error::Value {
             word,
-            wanted: "the backend's property: now, coalesced or keep",
+            wanted: "the backend's property: now or keep",
         }),
     }
 }

@@ -26,8 +26,8 @@ class Conformance(ConformanceTest):
     def test_now_1_cpu(self):
         self.boot("now", 1, "off")
 
-    def test_coalesced_4_cpus_lazy(self):
-        self.boot("coalesced", 4, "on")
+    def test_now_4_cpus_lazy(self):
+        self.boot("now", 4, "on")
 
     def test_keep_1_cpu_lazy(self):
         self.boot("keep", 1, "on")
@@ -45,18 +45,6 @@ class ConformanceMore(ConformanceTest):
 
     def test_now_4_cpus(self):
         self.boot("now", 4, "off")
-
-    def test_now_4_cpus_lazy(self):
-        self.boot("now", 4, "on")
-
-    def test_coalesced_1_cpu(self):
-        self.boot("coalesced", 1, "off")
-
-    def test_coalesced_1_cpu_lazy(self):
-        self.boot("coalesced", 1, "on")
-
-    def test_coalesced_4_cpus(self):
-        self.boot("coalesced", 4, "off")
 
     def test_keep_1_cpu(self):
         self.boot("keep", 1, "off")

@@ -49,8 +49,8 @@ class LinuxTest(ConfidentialTest):
 class Linux(LinuxTest):
     """One combination."""
 
-    def test_coalesced_1_cpu(self):
-        self.boot("coalesced", 1, "off")
+    def test_now_1_cpu(self):
+        self.boot("now", 1, "off")
 
 
 class LinuxMore(LinuxTest):
@@ -60,9 +60,6 @@ class LinuxMore(LinuxTest):
     :avocado: tags=full
     """
 
-    def test_now_1_cpu(self):
-        self.boot("now", 1, "off")
-
     def test_now_1_cpu_lazy(self):
         self.boot("now", 1, "on")
 
@@ -71,15 +68,6 @@ class LinuxMore(LinuxTest):
 
     def test_now_4_cpus_lazy(self):
         self.boot("now", 4, "on")
-
-    def test_coalesced_1_cpu_lazy(self):
-        self.boot("coalesced", 1, "on")
-
-    def test_coalesced_4_cpus(self):
-        self.boot("coalesced", 4, "off")
-
-    def test_coalesced_4_cpus_lazy(self):
-        self.boot("coalesced", 4, "on")
 
     def test_keep_1_cpu(self):
         self.boot("keep", 1, "off")

@@ -79,14 +79,12 @@ pub(super) fn rows(
         let mut both = lines.iter().zip(parts);
         both.find_map(|(line, counts)| (line.part == part).then_some(*counts))
     };
-    // What is in samples of some parts that does not belong to them.
-    let (quiet, ready) = (of_part("idle"), of_part("time"));
+    // What is in samples of a part that does not belong to it.
+    let ready = of_part("time");
     let mut all: Vec<(String, &str, Counts)> = Vec::new();
     for (line, counts) in lines.iter().zip(parts) {
         let beyond = match line.part.as_str() {
-            "instruction" | "idle" => continue,
-            "later" if !measurement.puts_off() => continue,
-            "later" => quiet,
+            "instruction" | "idle" | "later" => continue,
             "page" => ready,
             _ => None,
         };
@@ -166,14 +164,9 @@ mod tests {
 
     #[test]
     fn parts_of_a_conversion_add_up() {
-        let lines = [line("idle", 1), line("request", 16), line("later", 32)];
-        let parts = [
-            [100.0, 0.0, 10.0],
-            [16.0, 160.0, 320.0],
-            [100.0, 32.0, 42.0],
-        ];
-        let coalesced = super::super::plan::check().with(("ours", "discard=coalesced"));
-        let rows = rows(&coalesced, &lines, &parts).expect("rows");
+        let lines = [line("request", 16), line("touch", 32), line("later", 32)];
+        let parts = [[16.0, 160.0, 320.0], [0.0, 32.0, 32.0], [100.0, 32.0, 42.0]];
+        let rows = rows(&super::super::plan::check(), &lines, &parts).expect("rows");
         let of = |name: &str| rows.iter().find(|row| row.row == name).map(|row| row.value);
         assert_eq!(of("convert-64k-to-private-in-guest"), Some(1.0));
         assert_eq!(of("convert-64k-to-private-in-vmm"), Some(11.0));

@@ -12,7 +12,6 @@ const FLOOR: Subject = ("floor", "");
 const PREFAULT: Subject = ("floor", "prefault");
 const UPSTREAM: Subject = ("upstream", "");
 const NOW: Subject = ("ours", "discard=now");
-const COALESCED: Subject = ("ours", "discard=coalesced");
 const PREFAULTING: Subject = ("ours", "prefault=on");
 const NOT_LAZY: Subject = ("ours", "lazy-attributes=off");
 const MAPPED: Subject = ("ours", "mode=mapped");
@@ -74,8 +73,6 @@ const FORMS: [Form; 7] = [
             Value(NOW),
             OverUpstream(NOW),
             OverFloor(NOW),
-            Value(COALESCED),
-            OverFloor(COALESCED),
             Value(PREFAULTING),
             OverFloor(PREFAULTING),
         ],
@@ -106,8 +103,6 @@ const FORMS: [Form; 7] = [
             Part(UPSTREAM, 2),
             Part(NOW, 1),
             Part(NOW, 2),
-            Part(COALESCED, 1),
-            Part(COALESCED, 2),
         ],
         unit: (1.0, 0),
     },
@@ -123,8 +118,6 @@ const FORMS: [Form; 7] = [
             Value(FLOOR),
             Value(NOW),
             OverFloor(NOW),
-            Value(COALESCED),
-            OverFloor(COALESCED),
             Value(NOT_LAZY),
             OverFloor(NOT_LAZY),
         ],

@@ -17,12 +17,11 @@ const LARGE_SIZE: u64 = 1280 * MIB;
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
 
 /// Who is measured, and how it is set up. `report.json` calls the second part the variant.
-pub(crate) const SUBJECTS: [(&str, &str); 11] = [
+pub(crate) const SUBJECTS: [(&str, &str); 10] = [
     ("floor", ""),
     ("floor", "prefault"),
     ("upstream", ""),
     ("ours", "discard=now"),
-    ("ours", "discard=coalesced"),
     ("ours", "discard=keep"),
     ("ours", "prefault=on"),
     ("ours", "lazy-attributes=off"),
@@ -141,10 +140,7 @@ impl Measurement {
             (_, _, variant) if variant.starts_with("mode=mapped") => false,
             // The floor has no devices.
             ("disk", subject, variant) => subject == "upstream" || (subject, variant) == MAIN,
-            ("start", _, variant) => matches!(variant, "" | "discard=now"),
-            (SEQUENTIAL, _, variant) => {
-                matches!(variant, "" | "discard=now" | "discard=coalesced")
-            }
+            ("start" | SEQUENTIAL, _, variant) => matches!(variant, "" | "discard=now"),
             // Upstream's path sets the attribute at one address of a page only: a touch at the other
             // does not convert it.
             ("fault", "upstream", _) => false,
@@ -206,11 +202,6 @@ impl Measurement {
     /// Is it what pins take there? That is counted.
     pub(crate) fn pins(&self) -> bool {
         self.bench == PINS
-    }
-
-    /// Does the subject put work off? Then that counts; elsewhere it would only add noise.
-    pub(crate) fn puts_off(&self) -> bool {
-        self.variant == "discard=coalesced"
     }
 
     /// What level 1 is to do.

@@ -214,11 +214,7 @@ impl Rows<'_> {
             "touch"
         };
         if line.part == first {
-            let later = match self.clock {
-                Clock::Instructions if self.measurement.puts_off() => mean("later"),
-                _ => None,
-            };
-            let all = [request, mean("touch"), later].into_iter().flatten().sum();
+            let all = [request, mean("touch")].into_iter().flatten().sum();
             self.add(name.clone(), all, PER_PAGE);
             let tail = line.p99 / line.units;
             self.add(format!("{name}-tail"), tail, PER_PAGE);
@@ -262,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_conversion_counts_with_its_touch_and_what_was_put_off() {
+    fn a_conversion_counts_with_its_touch() {
         let lines = [
             line("convert-64k", "private", "request", 16, 2, 32_000),
             line("convert-64k", "private", "touch", 16, 2, 64_000),
@@ -270,11 +266,8 @@ mod tests {
             line("convert-64k", "private", "later", 32, 1, 320),
         ];
         let check = super::super::plan::check();
-        let at_once = rows(&check, &lines, Clock::Instructions).expect("rows");
-        assert_eq!(value(&at_once, "convert-64k-to-private"), Some(3000.0));
-        let coalesced = check.with(("ours", "discard=coalesced"));
-        let rows = rows(&coalesced, &lines, Clock::Instructions).expect("rows");
-        assert_eq!(value(&rows, "convert-64k-to-private"), Some(3010.0));
+        let rows = rows(&check, &lines, Clock::Instructions).expect("rows");
+        assert_eq!(value(&rows, "convert-64k-to-private"), Some(3000.0));
         assert_eq!(value(&rows, "convert-64k-to-private-later"), Some(10.0));
         assert_eq!(value(&rows, "convert-64k-to-private-request"), Some(1000.0));
         assert_eq!(value(&rows, "convert-64k-to-private-touch"), Some(2000.0));

@@ -42,7 +42,6 @@ pub(super) fn tests() -> Vec<Test> {
     }
     let private = &[Need::PrivateMemory];
     tests.push(Test::new("guest/keep-hypercall-1", private, keep));
-    tests.push(Test::new("guest/coalesced-4", strict, coalesced));
     tests.push(Test::new("guest/upstream-hypercall-1", private, upstream));
     tests
 }
@@ -131,18 +130,6 @@ fn keep(context: &Context) -> Result<()> {
     }
     let (backend, tap) = run_vm(context, &vm)?;
     agrees(Scenario::Hypercall, &backend, &tap)
-}
-
-/// Holes that a thread punches: content and memory must be right all the same.
-fn coalesced(context: &Context) -> Result<()> {
-    let _strict = Strict::on()?;
-    let vm = Vm::conformance(&context.files, Scenario::All, true, SIZE, 4);
-    let mut vm = with_properties(vm, "lazy-attributes=off,discard=coalesced");
-    if let Some((_, append)) = &mut vm.kernel {
-        append.push_str(" discard=coalesced");
-    }
-    let (backend, tap) = run_vm(context, &vm)?;
-    agrees(Scenario::All, &backend, &tap)
 }
 
 /// Lazy attributes, as they are by default: pages next to those that the guest touches become

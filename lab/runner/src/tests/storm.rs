@@ -33,11 +33,7 @@ pub(super) fn tests() -> Vec<Test> {
         ("storm/1", 1, "discard=now"),
         ("storm/4", 4, "discard=now"),
         ("storm/8", 8, "discard=now"),
-        (
-            "storm/coalesced-4",
-            4,
-            "discard=coalesced,lazy-attributes=off",
-        ),
+        ("storm/not-lazy-4", 4, "lazy-attributes=off"),
     ] {
         tests.push(Test::new(name, needs, move |context| {
             storm(context, smp, properties)
