@@ -83,6 +83,10 @@ typedef struct guestmemfd_backend_config {
      */
     guestmemfd_mode mode;
     /**
+     * It is a confidential guest's memory: never GUESTMEMFD_MODE_MAPPED.
+     */
+    bool confidential;
+    /**
      * KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over its
      * mapping.
      */
@@ -394,6 +398,12 @@ typedef uint32_t guestmemfd_binding;
 #define GUESTMEMFD_BINDING_BOUND 1
 
 /**
+ * The shared view alone, at a place where KVM reports an access to a private page: the shared alias
+ * that a guest reaches by an address bit.
+ */
+#define GUESTMEMFD_BINDING_SHARED_ALIAS 2
+
+/**
  * The library chooses.
  */
 #define GUESTMEMFD_MODE_AUTO 0
@@ -407,6 +417,11 @@ typedef uint32_t guestmemfd_binding;
  * One guest_memfd, mapped by the host; for VMs without private memory.
  */
 #define GUESTMEMFD_MODE_MAPPED 2
+
+/**
+ * One guest_memfd behind both views, mapped by the host, which keeps the attributes of its pages.
+ */
+#define GUESTMEMFD_MODE_IN_PLACE 3
 
 /**
  * Its hole is punched inside the conversion.
@@ -617,8 +632,9 @@ void guestmemfd_vm_free(struct guestmemfd_vm *vm);
 
 /**
  * The VM got a new descriptor, as in a confidential reset. All windows must have been removed.
- * Every backend gets a new private file, which guestmemfd_backend_private_fd() then returns, and
- * all its pages start over.
+ * Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and all its
+ * pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared is gone too,
+ * and guestmemfd_backend_shared_fd() is to be mapped again.
  */
 int32_t guestmemfd_vm_rebind(struct guestmemfd_vm *vm,
                              int32_t kvm_fd,

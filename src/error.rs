@@ -50,6 +50,18 @@ pub enum Error {
         guest: GuestPages,
     },
 
+    /// Private pages were asked for that also show where only the shared view can appear, and memory is
+    /// converted in place.
+    #[error(
+        "cannot make {guest} private: it also shows at {unbound}, in a window that is not bound"
+    )]
+    ShownUnbound {
+        /// The part of the request.
+        guest: GuestPages,
+        /// Where some of it shows.
+        unbound: GuestPages,
+    },
+
     /// Private pages were asked for in a guest that has none.
     #[error("cannot make {guest} private: the host maps all memory of backend '{backend}'")]
     NeverPrivate {
@@ -128,6 +140,35 @@ pub enum Error {
         view: View,
         /// Why not.
         source: io::Error,
+    },
+
+    /// A file refused to set the attributes that it keeps.
+    #[error("cannot set the attributes of {pages} of backend '{backend}' to {view}: {source}")]
+    SetFileAttributes {
+        /// Name of the backend.
+        backend: String,
+        /// The pages.
+        pages: FilePages,
+        /// What they were to be.
+        view: View,
+        /// Why not.
+        source: io::Error,
+    },
+
+    /// Pages were to become private in place, and the kernel says that somebody uses one of them.
+    #[error(
+        "cannot make {pages} of backend '{backend}' private: the page at offset {offset:#x} has been \
+         in use for {timeout:?}, by no pin of the library's"
+    )]
+    Held {
+        /// Name of the backend.
+        backend: String,
+        /// The pages.
+        pages: FilePages,
+        /// The page in use, in bytes.
+        offset: u64,
+        /// How long the request has waited.
+        timeout: Duration,
     },
 
     /// A file refused to free pages.
@@ -244,11 +285,16 @@ pub enum Error {
     },
 
     /// No mode serves the VM.
-    #[error("neither mode serves this VM: mode=private: {private}; mode=mapped: {mapped}")]
+    #[error(
+        "no mode serves this VM: mode=in-place: {in_place}; mode=private: {private}; mode=mapped: \
+         {mapped}"
+    )]
     NoMode {
-        /// Why the one does not.
+        /// Why the first does not.
+        in_place: Box<Error>,
+        /// Why the second does not.
         private: Box<Error>,
-        /// Why the other does not.
+        /// Why the third does not.
         mapped: Box<Error>,
     },
 
@@ -309,6 +355,8 @@ impl Error {
         matches!(
             self,
             Error::SetAttributes { .. }
+                | Error::SetFileAttributes { .. }
+                | Error::Held { .. }
                 | Error::Punch { .. }
                 | Error::FindData { .. }
                 | Error::Listener { .. }
@@ -318,7 +366,7 @@ impl Error {
 
     /// May a page that was decided along with another be the reason?
     pub(crate) fn may_be_a_neighbours(&self) -> bool {
-        self.is_failure() && !matches!(self, Error::Pinned { .. })
+        self.is_failure() && !matches!(self, Error::Pinned { .. } | Error::Held { .. })
     }
 
     /// The error number, positive, as Linux defines it.
@@ -331,6 +379,7 @@ impl Error {
             Error::Range(_)
             | Error::UnknownAttributes { .. }
             | Error::Unbound { .. }
+            | Error::ShownUnbound { .. }
             | Error::NeverPrivate { .. }
             | Error::OutsideBackend { .. }
             | Error::OtherVm { .. }
@@ -343,6 +392,7 @@ impl Error {
                 return source.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
             }
             Error::SetAttributes { source, .. }
+            | Error::SetFileAttributes { source, .. }
             | Error::Punch { source, .. }
             | Error::FindData { source, .. }
             | Error::Transfer { source, .. }
@@ -359,7 +409,7 @@ impl Error {
             Error::Overlap(_) => Errno::EXIST,
             Error::NoWindow { .. } => Errno::NOENT,
             Error::NotShared { .. } | Error::PrivateMemory { .. } => Errno::ACCESS,
-            Error::InUse { .. } | Error::Pinned { .. } => Errno::BUSY,
+            Error::InUse { .. } | Error::Pinned { .. } | Error::Held { .. } => Errno::BUSY,
         };
         errno.raw_os_error()
     }

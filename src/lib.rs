@@ -29,7 +29,7 @@ pub mod windows;
 
 pub use backend::map::StateMap;
 pub use backend::stats::BackendStats;
-pub use backend::{Backend, BackendConfig, Discard, Prefault};
+pub use backend::{Backend, BackendConfig, Discard, Lazy, Prefault};
 pub use error::{Error, Result};
 pub use guard::StrayGuard;
 pub use listener::{Listener, Stray};

@@ -18,6 +18,10 @@ pub enum Binding {
     Bound,
     /// The slot does not: the shared view alone.
     Unbound,
+    /// The same, at a place where the hypervisor reports an access to a private page: the shared alias
+    /// that a guest reaches by an address bit. Elsewhere such an access stops the VM if memory is
+    /// converted in place.
+    SharedAlias,
 }
 
 /// A range of a backend in guest physical space.
@@ -192,6 +196,15 @@ impl WindowTable {
             .any(|w| w.is_bound() && w.guest_of(backend, file).is_some())
     }
 
+    /// Where some of these pages show in a window that is not bound, other than a shared alias.
+    pub fn unbound_place(&self, backend: BackendId, file: FilePages) -> Option<GuestPages> {
+        let unbound = self
+            .windows
+            .iter()
+            .filter(|w| w.binding == Binding::Unbound);
+        unbound.filter_map(|w| w.guest_of(backend, file)).next()
+    }
+
     /// Adds a window.
     pub fn add(&mut self, window: Window) -> Result<(), Overlap> {
         self.check_free(window.guest)?;
@@ -319,6 +332,11 @@ impl WindowTable {
                 .collect();
         }
         (other, fresh)
+    }
+
+    /// Forgets what is stale of a backend that keeps its attributes itself.
+    pub fn forget_stale_of(&mut self, backend: BackendId) {
+        self.stale.retain(|stale| stale.window.backend != backend);
     }
 
     /// Forgets what is stale: its attributes have been cleared, or are gone with their owner.

@@ -30,7 +30,7 @@ fn config(mode: Option<Mode>, bind: bool) -> BackendConfig {
     let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
     config.mode = mode;
     config.bind = bind;
-    config.lazy = Some(backend::reach::Chunk::default());
+    config.lazy = Lazy::On(backend::reach::Chunk::default());
     config
 }
 

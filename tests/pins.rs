@@ -14,7 +14,7 @@ use guestmemfd::backend::Backend;
 use guestmemfd::backend::reach::Chunk;
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::{
-    BackendConfig, Binding, Error, FilePages, GuestPages, Listener, PageState, View, Vm,
+    BackendConfig, Binding, Error, FilePages, GuestPages, Lazy, Listener, PageState, View, Vm,
 };
 
 const PAGES: u64 = 4096;
@@ -45,7 +45,7 @@ impl Machine {
         let user = User::default();
         let vm = Vm::new(Arc::new(SoftwareOwner::default()), Box::new(user.clone()));
         let mut config = BackendConfig::new("ram", PAGES * guestmemfd::PAGE_SIZE);
-        config.lazy = Some(Chunk::default());
+        config.lazy = Lazy::On(Chunk::default());
         config.convert_timeout = convert_timeout;
         let backend = vm.create_backend(config).unwrap();
         vm.add_window(&backend, guest(0, PAGES), 0, Binding::Bound)

@@ -12,7 +12,8 @@ use guestmemfd::BackendStats;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::KvmOwner;
 use guestmemfd::{
-    Backend, BackendConfig, Binding, GuestPages, Listener, Mode, PAGE_SIZE, PageState, View, Vm,
+    Backend, BackendConfig, Binding, GuestPages, Lazy, Listener, Mode, PAGE_SIZE, PageState, View,
+    Vm,
 };
 use kvm_bindings::{KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region2};
 use kvm_ioctls::{Kvm, VmFd};
@@ -73,7 +74,7 @@ impl Memory {
         let mut config = BackendConfig::new("ram", ram.iter().map(|ram| ram.size).sum());
         config.mode = Some(Mode::Private);
         // The guest counts what it causes, page by page.
-        config.lazy = None;
+        config.lazy = Lazy::Off;
         let backend = vm.create_backend(config)?;
         let memory = Self {
             mapping: map(&backend, &ram)?,

@@ -45,6 +45,18 @@ impl Prefault {
     }
 }
 
+/// Lazy attributes: does a private touch of an undecided page decide the chunk around it?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Lazy {
+    /// No: its page alone.
+    Off,
+    /// Where that is of use: with two files, and pages that start undecided.
+    Auto(Chunk),
+    /// Yes, or the backend is refused.
+    On(Chunk),
+}
+
 /// How long a conversion to private waits for the host unless told otherwise.
 pub const DEFAULT_CONVERT_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -58,6 +70,8 @@ pub struct BackendConfig {
     pub size: u64,
     /// How it is to keep its pages; `None` leaves the choice to the library.
     pub mode: Option<Mode>,
+    /// Is its memory of a confidential guest's? The library then never chooses [`Mode::Mapped`].
+    pub confidential: bool,
     /// Do KVM slots carry the file of [`Mode::Mapped`]? If not, they are ordinary slots over the
     /// mapping.
     pub bind: bool,
@@ -65,8 +79,8 @@ pub struct BackendConfig {
     pub discard: Discard,
     /// The state that pages start in: undecided, or private where the guest's launch demands it.
     pub start: PageState,
-    /// Lazy attributes: a private touch of an undecided page decides the chunk around it.
-    pub lazy: Option<Chunk>,
+    /// Lazy attributes.
+    pub lazy: Lazy,
     /// Whether pages that have become private are allocated at once.
     pub prefault: Prefault,
     /// How long a conversion to private waits for pages that the host uses.
@@ -83,10 +97,11 @@ impl BackendConfig {
             name: name.into(),
             size,
             mode: None,
+            confidential: false,
             bind: false,
             discard: Discard::Now,
             start: PageState::Undecided,
-            lazy: None,
+            lazy: Lazy::Off,
             prefault: Prefault::Off,
             convert_timeout: DEFAULT_CONVERT_TIMEOUT,
             tag: 0,

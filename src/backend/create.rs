@@ -4,51 +4,98 @@
 
 use std::sync::Arc;
 
-use crate::backend::{Backend, BackendConfig};
+use crate::backend::reach::Chunk;
+use crate::backend::{Backend, BackendConfig, Discard, Lazy};
 use crate::error::{Error, Result};
 use crate::owner::Owner;
 use crate::pages::ranges::{FilePages, PAGE_SIZE};
 use crate::pages::states::{PageState, View};
-use crate::views::{KernelFile, Mapped, Mode, TwoFiles, ViewFile, Views};
+use crate::views::{InPlace, KernelFile, Mapped, Mode, TwoFiles, ViewFile, Views};
 
-/// Chooses a strategy and creates its files: a guest_memfd and a memfd for a guest with private
-/// memory, one guest_memfd that the host maps for others. Returns the configuration as it applies.
-pub(crate) fn create(owner: &dyn Owner, config: BackendConfig) -> Result<(BackendConfig, Views)> {
+/// What a backend is made of.
+pub(crate) struct Created {
+    pub(crate) views: Views,
+    /// Lazy attributes as they apply.
+    pub(crate) lazy: Option<Chunk>,
+}
+
+/// Chooses a strategy and creates its files: one guest_memfd where it can serve both views, a
+/// guest_memfd and a memfd for other guests with private memory, one guest_memfd that the host maps
+/// for guests without.
+pub(crate) fn create(owner: &dyn Owner, config: &mut BackendConfig) -> Result<Created> {
     // The size is checked before files are created with it.
     FilePages::from_bytes(0, config.size)?;
-    let mode = choose_mode(owner, config.mode)?;
-    check_bind(&config, mode)?;
-    if mode == Mode::Mapped {
-        return create_mapped(owner, config);
+    let mode = choose_mode(owner, config)?;
+    check_bind(config, mode)?;
+    match mode {
+        Mode::InPlace => create_in_place(owner, config),
+        Mode::Mapped => create_mapped(owner, config),
+        Mode::Private => {
+            let shared = KernelFile::memfd("guestmemfd-shared", config.size);
+            let shared = shared.map_err(|source| cannot_create(config, View::Shared, source))?;
+            create_over(owner, config, Arc::new(shared))
+        }
     }
-    let shared = KernelFile::memfd("guestmemfd-shared", config.size);
-    let shared = shared.map_err(|source| cannot_create(&config, View::Shared, source))?;
-    create_over(owner, config, Arc::new(shared))
 }
 
 /// Two files, of which the caller has one.
 pub(crate) fn create_over(
     owner: &dyn Owner,
-    config: BackendConfig,
+    config: &BackendConfig,
     shared: Arc<dyn ViewFile>,
-) -> Result<(BackendConfig, Views)> {
+) -> Result<Created> {
     check_page_size(kernel_page_size())?;
-    check_lazy(&config, shared.as_ref())?;
-    let private = create_private_file(owner, &config)?;
-    Ok((config, Views::TwoFiles(TwoFiles { private, shared })))
+    let lazy = lazy_chunk(config, shared.as_ref())?;
+    let private = create_private_file(owner, config)?;
+    let views = Views::TwoFiles(TwoFiles { private, shared });
+    Ok(Created { views, lazy })
+}
+
+/// All of memory is one range of attributes: there is nothing to decide lazily. Nothing is left
+/// behind, so there is nothing to keep either.
+fn create_in_place(owner: &dyn Owner, config: &BackendConfig) -> Result<Created> {
+    check_page_size(kernel_page_size())?;
+    let lacks = |wanted: &str, found: &str| {
+        Err(Error::Unsupported {
+            wanted: wanted.into(),
+            found: found.into(),
+        })
+    };
+    if matches!(config.lazy, Lazy::On(_)) {
+        return lacks(
+            "lazy attributes",
+            "memory is converted in place, where the attributes of all memory cost as much as those \
+             of a page; use lazy-attributes=auto or off",
+        );
+    }
+    if config.discard == Discard::Keep {
+        return lacks(
+            "discard=keep",
+            "memory is converted in place, where a page leaves nothing behind; use discard=now",
+        );
+    }
+    let views = Views::InPlace(create_in_place_file(owner, config)?);
+    Ok(Created { views, lazy: None })
+}
+
+fn create_in_place_file(owner: &dyn Owner, config: &BackendConfig) -> Result<InPlace> {
+    let start = match config.start {
+        PageState::Private => View::Private,
+        _ => View::Shared,
+    };
+    let file = owner.create_in_place_file(config.size, start);
+    let file = file.map_err(|source| cannot_create(config, start, source))?;
+    Ok(InPlace { file })
 }
 
 /// Nothing is ever converted: there is nothing to decide lazily.
-fn create_mapped(owner: &dyn Owner, config: BackendConfig) -> Result<(BackendConfig, Views)> {
+fn create_mapped(owner: &dyn Owner, config: &mut BackendConfig) -> Result<Created> {
     check_page_size(kernel_page_size())?;
     let file = owner.create_mapped_file(config.size);
-    let file = file.map_err(|source| cannot_create(&config, View::Shared, source))?;
-    let config = BackendConfig {
-        start: PageState::Shared,
-        lazy: None,
-        ..config
-    };
-    Ok((config, Views::Mapped(Mapped { file })))
+    let file = file.map_err(|source| cannot_create(config, View::Shared, source))?;
+    config.start = PageState::Shared;
+    let views = Views::Mapped(Mapped { file });
+    Ok(Created { views, lazy: None })
 }
 
 /// The files that a backend gets with a new owner, if it gets any.
@@ -57,6 +104,10 @@ pub(crate) fn for_new_owner(owner: &dyn Owner, backend: &Backend) -> Result<Opti
         Views::TwoFiles(files) => {
             let private = create_private_file(owner, backend.config())?;
             Ok(Some(Views::TwoFiles(files.with_private(private))))
+        }
+        Views::InPlace(_) => {
+            let file = create_in_place_file(owner, backend.config())?;
+            Ok(Some(Views::InPlace(file)))
         }
         Views::Mapped(_) if backend.config().bind => Err(Error::InUse {
             what: "a VM cannot get a new owner",
@@ -81,19 +132,43 @@ fn cannot_create(config: &BackendConfig, view: View, source: std::io::Error) -> 
     }
 }
 
-fn choose_mode(owner: &dyn Owner, wanted: Option<Mode>) -> Result<Mode> {
-    match wanted {
-        Some(Mode::Private) => demanded(Mode::Private, "private", owner.check_private_memory()),
-        Some(Mode::Mapped) => demanded(Mode::Mapped, "mapped", owner.check_mapped_memory()),
-        None => match (owner.check_private_memory(), owner.check_mapped_memory()) {
-            (Ok(()), _) => Ok(Mode::Private),
-            (Err(_), Ok(())) => Ok(Mode::Mapped),
-            (Err(private), Err(mapped)) => Err(Error::NoMode {
-                private: Box::new(private),
-                mapped: Box::new(mapped),
-            }),
-        },
+fn choose_mode(owner: &dyn Owner, config: &BackendConfig) -> Result<Mode> {
+    if let Some(mode) = config.mode {
+        return match mode {
+            Mode::InPlace => demanded(mode, "in-place", owner.check_in_place()),
+            Mode::Private => demanded(mode, "private", owner.check_private_memory()),
+            Mode::Mapped if config.confidential => demanded(mode, "mapped", never_mapped()),
+            Mode::Mapped => demanded(mode, "mapped", owner.check_mapped_memory()),
+        };
     }
+    let in_place = match owner.check_in_place() {
+        Ok(()) => return Ok(Mode::InPlace),
+        Err(error) => error,
+    };
+    let private = match owner.check_private_memory() {
+        Ok(()) => return Ok(Mode::Private),
+        Err(error) => error,
+    };
+    let mapped = match config.confidential {
+        true => never_mapped(),
+        false => owner.check_mapped_memory(),
+    };
+    match mapped {
+        Ok(()) => Ok(Mode::Mapped),
+        Err(mapped) => Err(Error::NoMode {
+            in_place: Box::new(in_place),
+            private: Box::new(private),
+            mapped: Box::new(mapped),
+        }),
+    }
+}
+
+/// The host would see all memory of a guest that believes part of it to be its own.
+fn never_mapped() -> Result<()> {
+    Err(Error::Unsupported {
+        wanted: "memory that the host maps".into(),
+        found: "the guest is confidential".into(),
+    })
 }
 
 /// The mode, or why it cannot be had.
@@ -114,11 +189,13 @@ fn check_bind(config: &BackendConfig, mode: Mode) -> Result<()> {
     Ok(())
 }
 
-/// Can lazy attributes be had as the backend is to be?
-fn check_lazy(config: &BackendConfig, shared: &dyn ViewFile) -> Result<()> {
-    if config.lazy.is_none() {
-        return Ok(());
-    }
+/// Lazy attributes as they apply with two files.
+fn lazy_chunk(config: &BackendConfig, shared: &dyn ViewFile) -> Result<Option<Chunk>> {
+    let chunk = match config.lazy {
+        Lazy::Off => return Ok(None),
+        Lazy::Auto(_) if config.start != PageState::Undecided => return Ok(None),
+        Lazy::Auto(chunk) | Lazy::On(chunk) => chunk,
+    };
     let unsupported = |found: &str| {
         Err(Error::Unsupported {
             wanted: "lazy attributes".into(),
@@ -131,7 +208,8 @@ fn check_lazy(config: &BackendConfig, shared: &dyn ViewFile) -> Result<()> {
     let all = FilePages::from_bytes(0, config.size)?;
     // One that is empty and has data all the same tells nothing.
     match (shared.allocated(), shared.first_data(all)) {
-        (Ok(_), Ok(None)) | (Ok(1..), Ok(Some(_))) => Ok(()),
+        (Ok(_), Ok(None)) | (Ok(1..), Ok(Some(_))) => Ok(Some(chunk)),
+        _ if matches!(config.lazy, Lazy::Auto(_)) => Ok(None),
         _ => unsupported("the file of the shared view cannot tell which pages have data"),
     }
 }

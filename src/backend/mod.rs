@@ -14,8 +14,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::backend::create::Created;
 use crate::backend::debts::Debts;
-use crate::backend::reach::ChunkPredictor;
+use crate::backend::reach::{Chunk, ChunkPredictor};
 use crate::backend::stats::Counters;
 use crate::error::{Error, Result};
 use crate::exclusion::pins::Pins;
@@ -25,7 +26,7 @@ use crate::pages::states::{PageState, PageStates, View};
 use crate::views::{Mode, ViewFile, Views};
 
 pub use crate::pages::ranges::BackendId;
-pub use config::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Prefault};
+pub use config::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Lazy, Prefault};
 
 /// How many runs of states are looked at under one lock of them.
 pub(crate) const RUNS_AT_ONCE: usize = 1024;
@@ -44,6 +45,7 @@ pub struct Backend {
     pub(crate) pins: Pins,
     views: Mutex<Arc<Views>>,
     debts: Debts,
+    lazy: Option<Chunk>,
     /// With lazy attributes.
     predictor: Option<Mutex<ChunkPredictor>>,
     pub(crate) counters: Counters,
@@ -54,8 +56,9 @@ impl Backend {
         vm: VmId,
         id: BackendId,
         config: BackendConfig,
-        views: Views,
+        created: Created,
     ) -> Result<Self> {
+        let Created { views, lazy } = created;
         let pages = FilePages::from_bytes(0, config.size)?;
         let no_memory = || Error::NoMemory {
             backend: config.name.clone(),
@@ -76,9 +79,8 @@ impl Backend {
             pins: Pins::new(pinnable).ok_or_else(no_memory)?,
             closed: states.closed(),
             states: Mutex::new(states),
-            predictor: config
-                .lazy
-                .map(|chunk| Mutex::new(ChunkPredictor::new(chunk))),
+            lazy,
+            predictor: lazy.map(|chunk| Mutex::new(ChunkPredictor::new(chunk))),
             config,
             views: Mutex::new(Arc::new(views)),
             debts: Debts::default(),
@@ -104,6 +106,11 @@ impl Backend {
     /// How it keeps its pages.
     pub fn mode(&self) -> Mode {
         self.mode
+    }
+
+    /// The first chunk of lazy attributes; `None` if there are none.
+    pub fn lazy_chunk(&self) -> Option<Chunk> {
+        self.lazy
     }
 
     /// Can KVM slots carry its guest_memfd?

@@ -10,7 +10,7 @@ use super::error::guestmemfd_error;
 use super::types::*;
 use super::{Arg, Failure, Out, arg, catch, catch_value, wanted};
 use crate::backend::reach::Chunk;
-use crate::backend::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Prefault};
+use crate::backend::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Lazy, Prefault};
 use crate::pages::ranges::PAGE_SIZE;
 use crate::pages::states::{PageState, View};
 use crate::views::Mode;
@@ -67,8 +67,10 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
         GUESTMEMFD_MODE_AUTO => None,
         GUESTMEMFD_MODE_PRIVATE => Some(Mode::Private),
         GUESTMEMFD_MODE_MAPPED => Some(Mode::Mapped),
+        GUESTMEMFD_MODE_IN_PLACE => Some(Mode::InPlace),
         other => return Err(unknown("mode", other)),
     };
+    wanted.confidential = config.confidential;
     wanted.bind = config.bind;
     wanted.discard = match config.discard {
         GUESTMEMFD_DISCARD_NOW => Discard::Now,
@@ -79,7 +81,7 @@ fn backend_config(config: &guestmemfd_backend_config) -> Result<BackendConfig, F
         true => PageState::Private,
         false => PageState::Undecided,
     };
-    wanted.lazy = lazy_chunk(config)?;
+    wanted.lazy = lazy(config)?;
     wanted.prefault = match config.prefault {
         GUESTMEMFD_PREFAULT_OFF => Prefault::Off,
         GUESTMEMFD_PREFAULT_SMALL => Prefault::Small,
@@ -97,7 +99,7 @@ fn unknown(what: &str, number: u32) -> Failure {
     Failure::Argument(format!("unknown {what} {number}"))
 }
 
-fn lazy_chunk(config: &guestmemfd_backend_config) -> Result<Option<Chunk>, Failure> {
+fn lazy(config: &guestmemfd_backend_config) -> Result<Lazy, Failure> {
     let chunk = match config.lazy_chunk {
         0 => Chunk::default(),
         bytes => Chunk::from_bytes(bytes).ok_or_else(|| {
@@ -108,9 +110,9 @@ fn lazy_chunk(config: &guestmemfd_backend_config) -> Result<Option<Chunk>, Failu
         })?,
     };
     match config.lazy {
-        GUESTMEMFD_LAZY_AUTO => Ok((!config.start_private).then_some(chunk)),
-        GUESTMEMFD_LAZY_ON => Ok(Some(chunk)),
-        GUESTMEMFD_LAZY_OFF => Ok(None),
+        GUESTMEMFD_LAZY_AUTO => Ok(Lazy::Auto(chunk)),
+        GUESTMEMFD_LAZY_ON => Ok(Lazy::On(chunk)),
+        GUESTMEMFD_LAZY_OFF => Ok(Lazy::Off),
         other => Err(unknown("choice of lazy attributes", other)),
     }
 }
@@ -350,7 +352,7 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
             owed_hole_bytes: stats.owed_holes,
             mode: mode_number(backend.mode()),
             discard: discard_number(backend.config().discard),
-            lazy_chunk: backend.config().lazy.map_or(0, Chunk::bytes),
+            lazy_chunk: backend.lazy_chunk().map_or(0, Chunk::bytes),
             latency_to_private: stats.latency_to_private,
             latency_to_shared: stats.latency_to_shared,
         });

@@ -30,6 +30,9 @@ pub type guestmemfd_binding = u32;
 pub const GUESTMEMFD_BINDING_UNBOUND: guestmemfd_binding = 0;
 /// Both: its KVM slot carries the guest_memfd.
 pub const GUESTMEMFD_BINDING_BOUND: guestmemfd_binding = 1;
+/// The shared view alone, at a place where KVM reports an access to a private page: the shared alias
+/// that a guest reaches by an address bit.
+pub const GUESTMEMFD_BINDING_SHARED_ALIAS: guestmemfd_binding = 2;
 
 /// A virtual machine: its owner, and where pages of its backends appear.
 #[derive(Debug)]
@@ -61,6 +64,8 @@ pub const GUESTMEMFD_MODE_AUTO: guestmemfd_mode = 0;
 pub const GUESTMEMFD_MODE_PRIVATE: guestmemfd_mode = 1;
 /// One guest_memfd, mapped by the host; for VMs without private memory.
 pub const GUESTMEMFD_MODE_MAPPED: guestmemfd_mode = 2;
+/// One guest_memfd behind both views, mapped by the host, which keeps the attributes of its pages.
+pub const GUESTMEMFD_MODE_IN_PLACE: guestmemfd_mode = 3;
 
 /// What becomes of the side that a page has left: one of GUESTMEMFD_DISCARD_*.
 pub type guestmemfd_discard = u32;
@@ -135,6 +140,8 @@ pub struct guestmemfd_backend_config {
     pub size: u64,
     /// How it is to keep its pages.
     pub mode: guestmemfd_mode,
+    /// It is a confidential guest's memory: never GUESTMEMFD_MODE_MAPPED.
+    pub confidential: bool,
     /// KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over its
     /// mapping.
     pub bind: bool,
@@ -230,6 +237,7 @@ pub(super) fn mode_number(mode: Mode) -> guestmemfd_mode {
     match mode {
         Mode::Private => GUESTMEMFD_MODE_PRIVATE,
         Mode::Mapped => GUESTMEMFD_MODE_MAPPED,
+        Mode::InPlace => GUESTMEMFD_MODE_IN_PLACE,
     }
 }
 

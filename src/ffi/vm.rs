@@ -94,8 +94,9 @@ pub unsafe extern "C" fn guestmemfd_vm_free(vm: *mut guestmemfd_vm) {
 }
 
 /// The VM got a new descriptor, as in a confidential reset. All windows must have been removed.
-/// Every backend gets a new private file, which guestmemfd_backend_private_fd() then returns, and
-/// all its pages start over.
+/// Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and all its
+/// pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared is gone too,
+/// and guestmemfd_backend_shared_fd() is to be mapped again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_rebind(
     vm: *mut guestmemfd_vm,
@@ -137,6 +138,7 @@ pub unsafe extern "C" fn guestmemfd_vm_add_window(
         let wanted = match wanted {
             GUESTMEMFD_BINDING_UNBOUND => Binding::Unbound,
             GUESTMEMFD_BINDING_BOUND => Binding::Bound,
+            GUESTMEMFD_BINDING_SHARED_ALIAS => Binding::SharedAlias,
             other => return Err(Failure::Argument(format!("unknown binding {other}"))),
         };
         let guest = GuestPages::from_bytes(gpa, size).map_err(crate::Error::from)?;
@@ -144,6 +146,7 @@ pub unsafe extern "C" fn guestmemfd_vm_add_window(
         out.put(match binding {
             Binding::Unbound => GUESTMEMFD_BINDING_UNBOUND,
             Binding::Bound => GUESTMEMFD_BINDING_BOUND,
+            Binding::SharedAlias => GUESTMEMFD_BINDING_SHARED_ALIAS,
         });
         Ok(())
     })

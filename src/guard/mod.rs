@@ -32,6 +32,7 @@ use crate::listener::Level;
 use crate::listener::Stray;
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::Vm;
 
 /// How long a thread has to make the access that it was caught in, before the page is given back.
@@ -80,6 +81,13 @@ impl Vm {
         if !backend.mode().has_private_pages() {
             return Err(refused(
                 "the host maps all memory of this guest, nothing is private".into(),
+            ));
+        }
+        if backend.mode() == Mode::InPlace {
+            return Err(refused(
+                "memory is converted in place, and the kernel itself answers such an access with \
+                 SIGBUS"
+                    .into(),
             ));
         }
         if backend.config().start == PageState::Private {

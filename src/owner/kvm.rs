@@ -15,15 +15,21 @@ use kvm_ioctls::{Kvm, VmFd};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::Owner;
+use super::kvm_file::KvmInPlaceFile;
 use crate::error::{Error, Result};
 use crate::pages::ranges::GuestPages;
 use crate::pages::states::View;
+use crate::views::in_place::InPlaceFile;
 use crate::views::mapped::MappedFile;
 use crate::views::{KernelFile, ViewFile};
 
 /// `KVM_CAP_GUEST_MEMFD_FLAGS`, which kvm-bindings lacks: the flags that this VM's guest_memfd may
 /// have.
 const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
+
+/// `KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES`: the attributes that this VM's guest_memfd keep. Where they
+/// do, the VM has no others.
+const KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: u64 = 252;
 
 /// `GUEST_MEMFD_FLAG_*` of `include/uapi/linux/kvm.h`.
 const FLAG_MMAP: u64 = 1 << 0;
@@ -65,6 +71,20 @@ impl KvmOwner {
         self.kvm.check_extension_raw(KVM_CAP_GUEST_MEMFD.into()) > 0
     }
 
+    fn offers(&self) -> Offers {
+        // An unknown capability is answered by 0, and a failure by a negative number.
+        let ask = |capability| {
+            let answer = self.vm.check_extension_raw(capability);
+            u64::try_from(answer).unwrap_or(0)
+        };
+        Offers {
+            guest_memfd: self.has_guest_memfd(),
+            flags: ask(KVM_CAP_GUEST_MEMFD_FLAGS),
+            attributes: ask(KVM_CAP_MEMORY_ATTRIBUTES.into()),
+            file_attributes: ask(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES),
+        }
+    }
+
     fn create_file(&self, bytes: u64, flags: u64) -> io::Result<KernelFile> {
         let fd = self.vm.create_guest_memfd(kvm_create_guest_memfd {
             size: bytes,
@@ -80,17 +100,25 @@ impl KvmOwner {
 }
 
 impl Owner for KvmOwner {
+    fn check_in_place(&self) -> Result<()> {
+        self.offers().check_in_place()
+    }
+
     fn check_private_memory(&self) -> Result<()> {
-        let attributes = self
-            .vm
-            .check_extension_raw(KVM_CAP_MEMORY_ATTRIBUTES.into());
-        check_private_memory(self.has_guest_memfd(), attributes.into())
+        self.offers().check_private_memory()
     }
 
     fn check_mapped_memory(&self) -> Result<()> {
-        // An unknown capability is answered by 0.
-        let flags = self.vm.check_extension_raw(KVM_CAP_GUEST_MEMFD_FLAGS);
-        check_mapped_memory(self.has_guest_memfd(), u64::try_from(flags).unwrap_or(0))
+        self.offers().check_mapped_memory()
+    }
+
+    fn create_in_place_file(&self, bytes: u64, start: View) -> io::Result<Arc<dyn InPlaceFile>> {
+        let flags = match start {
+            View::Shared => FLAG_MMAP | FLAG_INIT_SHARED,
+            View::Private => FLAG_MMAP,
+        };
+        let file = MappedFile::new(self.create_file(bytes, flags)?);
+        Ok(Arc::new(KvmInPlaceFile(file)))
     }
 
     fn create_private_file(&self, bytes: u64) -> io::Result<Arc<dyn ViewFile>> {
@@ -117,45 +145,86 @@ impl Owner for KvmOwner {
     }
 }
 
+/// What kernel and VM offer.
+#[derive(Clone, Copy, Debug, Default)]
+struct Offers {
+    guest_memfd: bool,
+    /// Flags of files.
+    flags: u64,
+    /// Attributes of the VM.
+    attributes: u64,
+    /// Attributes of files.
+    file_attributes: u64,
+}
+
+const PRIVATE: u64 = KVM_MEMORY_ATTRIBUTE_PRIVATE as u64;
+
+const NO_GUEST_MEMFD: &str = "KVM has no guest_memfd here; Linux 6.8 or later is needed";
+
+impl Offers {
+    fn has_private_memory(self) -> bool {
+        (self.attributes | self.file_attributes) & PRIVATE != 0
+    }
+
+    fn check_in_place(self) -> Result<()> {
+        let lacks = |found| unsupported("private memory in place", found);
+        match () {
+            () if !self.guest_memfd => lacks(NO_GUEST_MEMFD),
+            () if self.file_attributes & PRIVATE == 0 => lacks(
+                "KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES lacks KVM_MEMORY_ATTRIBUTE_PRIVATE; Linux \
+                 7.4 or later is needed, with module parameter kvm.gmem_in_place_conversion=1, and a \
+                 confidential guest",
+            ),
+            () if self.flags & FLAG_MMAP == 0 => {
+                lacks("KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP for this VM's type")
+            }
+            () => Ok(()),
+        }
+    }
+
+    fn check_private_memory(self) -> Result<()> {
+        let lacks = |found| unsupported("private memory in a guest_memfd of its own", found);
+        match () {
+            () if !self.guest_memfd => lacks(NO_GUEST_MEMFD),
+            () if self.file_attributes & PRIVATE != 0 => lacks(
+                "this kernel converts memory in place only; use mode=in-place, or module parameter \
+                 kvm.gmem_in_place_conversion=0 if the kernel has CONFIG_KVM_VM_MEMORY_ATTRIBUTES",
+            ),
+            () if self.attributes & PRIVATE == 0 => lacks(
+                "this VM's type has no private memory; use a confidential guest (sev-snp-guest, \
+                 tdx-guest, sw-protected-guest)",
+            ),
+            () => Ok(()),
+        }
+    }
+
+    fn check_mapped_memory(self) -> Result<()> {
+        let lacks = |found| unsupported("a guest_memfd that the host maps", found);
+        match () {
+            () if !self.guest_memfd => {
+                lacks("KVM has no guest_memfd here; Linux 6.18 or later is needed")
+            }
+            () if self.has_private_memory() => lacks(
+                "this VM has private memory, which the host must not map; use mode=auto, or a VM \
+                 without a confidential guest",
+            ),
+            () if self.flags & FLAG_MMAP == 0 => lacks(
+                "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP; Linux 6.18 or later is \
+                 needed, or another memory backend",
+            ),
+            () if self.flags & FLAG_INIT_SHARED == 0 => {
+                lacks("KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_INIT_SHARED")
+            }
+            () => Ok(()),
+        }
+    }
+}
+
 fn unsupported(wanted: &str, found: &str) -> Result<()> {
     Err(Error::Unsupported {
         wanted: wanted.into(),
         found: found.into(),
     })
-}
-
-fn check_private_memory(has_guest_memfd: bool, attributes: i64) -> Result<()> {
-    let lacks = |found| unsupported("private memory in a guest_memfd", found);
-    if !has_guest_memfd {
-        return lacks("KVM has no guest_memfd here; Linux 6.8 or later is needed");
-    }
-    if attributes & i64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE) == 0 {
-        return lacks(
-            "this VM's type has no private memory; use a confidential guest (sev-snp-guest, \
-             tdx-guest, sw-protected-guest)",
-        );
-    }
-    Ok(())
-}
-
-fn check_mapped_memory(has_guest_memfd: bool, flags: u64) -> Result<()> {
-    let lacks = |found| unsupported("a guest_memfd that the host maps", found);
-    if !has_guest_memfd {
-        return lacks("KVM has no guest_memfd here; Linux 6.18 or later is needed");
-    }
-    if flags & FLAG_MMAP == 0 {
-        return lacks(
-            "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP; Linux 6.18 or later is \
-             needed, or another memory backend",
-        );
-    }
-    if flags & FLAG_INIT_SHARED == 0 {
-        return lacks(
-            "KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_INIT_SHARED, as it does for VMs \
-             with private memory; use mode=private, or a VM without a confidential guest",
-        );
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -165,33 +234,74 @@ mod tests {
     /// Kernels and VMs that this machine may not have.
     #[test]
     fn what_a_kernel_lacks_is_named_with_what_would_work() {
-        let private = i64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+        let none = Offers::default();
+        let old = Offers {
+            guest_memfd: true,
+            ..none
+        };
+        let two_files = Offers {
+            attributes: PRIVATE,
+            ..old
+        };
+        let in_place = Offers {
+            file_attributes: PRIVATE,
+            flags: FLAG_MMAP | FLAG_INIT_SHARED,
+            ..old
+        };
+        let no_mmap = Offers {
+            flags: 0,
+            ..in_place
+        };
+        let mapped = Offers {
+            flags: FLAG_MMAP | FLAG_INIT_SHARED,
+            ..old
+        };
+        let not_shared = Offers {
+            flags: FLAG_MMAP,
+            ..old
+        };
         for (refused, words) in [
+            (none.check_in_place(), ["no guest_memfd", "Linux 6.8"]),
             (
-                check_private_memory(false, private),
-                ["no guest_memfd", "Linux 6.8"],
+                two_files.check_in_place(),
+                ["Linux 7.4", "kvm.gmem_in_place_conversion=1"],
             ),
             (
-                check_private_memory(true, 0),
+                no_mmap.check_in_place(),
+                ["lacks GUEST_MEMFD_FLAG_MMAP", "type"],
+            ),
+            (none.check_private_memory(), ["no guest_memfd", "Linux 6.8"]),
+            (
+                old.check_private_memory(),
                 ["no private memory", "use a confidential guest"],
             ),
             (
-                check_mapped_memory(false, 3),
-                ["no guest_memfd", "Linux 6.18"],
+                in_place.check_private_memory(),
+                ["mode=in-place", "kvm.gmem_in_place_conversion=0"],
             ),
+            (none.check_mapped_memory(), ["no guest_memfd", "Linux 6.18"]),
             (
-                check_mapped_memory(true, 0),
+                old.check_mapped_memory(),
                 ["lacks GUEST_MEMFD_FLAG_MMAP", "Linux 6.18"],
             ),
             (
-                check_mapped_memory(true, FLAG_MMAP),
-                ["lacks GUEST_MEMFD_FLAG_INIT_SHARED", "use mode=private"],
+                two_files.check_mapped_memory(),
+                ["has private memory", "use mode=auto"],
+            ),
+            (
+                in_place.check_mapped_memory(),
+                ["has private memory", "use mode=auto"],
+            ),
+            (
+                not_shared.check_mapped_memory(),
+                ["lacks GUEST_MEMFD_FLAG_INIT_SHARED", "KVM_CAP"],
             ),
         ] {
             let text = refused.unwrap_err().to_string();
             assert!(words.iter().all(|word| text.contains(word)), "{text}");
         }
-        check_private_memory(true, private).unwrap();
-        check_mapped_memory(true, FLAG_MMAP | FLAG_INIT_SHARED).unwrap();
+        in_place.check_in_place().unwrap();
+        two_files.check_private_memory().unwrap();
+        mapped.check_mapped_memory().unwrap();
     }
 }

@@ -2,6 +2,7 @@
 
 //! The views of a backend: the files behind them, and by which strategy a view is opened and closed.
 
+pub mod in_place;
 pub mod mapped;
 pub(crate) mod memfd;
 pub mod two_files;
@@ -13,6 +14,7 @@ use std::os::fd::BorrowedFd;
 use crate::pages::ranges::FilePages;
 use crate::pages::states::View;
 
+pub use in_place::InPlace;
 pub use mapped::Mapped;
 pub use memfd::KernelFile;
 pub use two_files::TwoFiles;
@@ -25,12 +27,14 @@ pub enum Mode {
     Private,
     /// One guest_memfd that the host maps, for VMs without private memory.
     Mapped,
+    /// One guest_memfd behind both views, which keeps the attributes of its pages.
+    InPlace,
 }
 
 impl Mode {
     /// Can pages be private?
     pub fn has_private_pages(self) -> bool {
-        self == Mode::Private
+        self != Mode::Mapped
     }
 }
 
@@ -79,6 +83,8 @@ pub enum Views {
     TwoFiles(TwoFiles),
     /// [`Mode::Mapped`].
     Mapped(Mapped),
+    /// [`Mode::InPlace`].
+    InPlace(InPlace),
 }
 
 impl Views {
@@ -87,6 +93,7 @@ impl Views {
         match self {
             Views::TwoFiles(_) => Mode::Private,
             Views::Mapped(_) => Mode::Mapped,
+            Views::InPlace(_) => Mode::InPlace,
         }
     }
 
@@ -95,6 +102,7 @@ impl Views {
         match self {
             Views::TwoFiles(files) => files.file(view),
             Views::Mapped(mapped) => mapped.file.as_ref(),
+            Views::InPlace(in_place) => in_place.file.as_ref(),
         }
     }
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Attributes: which view of its pages a guest sees, at every place where they appear.
+//! Attributes: which view of its pages a guest sees. The VM has them by place, wherever the pages
+//! appear; in place the file has them.
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::pages::ranges::{FilePages, GuestPages};
+use crate::pages::ranges::{FilePages, GuestPages, PAGE_SIZE};
 use crate::pages::states::{PageState, View};
+use crate::views::in_place::Refusal;
+use crate::views::{Mode, Views};
 use crate::vm::Vm;
 use crate::vm::moves::Run;
 
@@ -31,13 +34,17 @@ impl Vm {
         }
     }
 
-    /// Sets the attributes of pages at every place they appear at.
+    /// Sets the attributes of pages: in their file, or at every place they appear at.
     pub(super) fn set_attributes_of(
         &self,
         backend: &Backend,
         pages: FilePages,
         view: View,
     ) -> Result<()> {
+        if let Views::InPlace(in_place) = &*backend.views() {
+            let set = in_place.set_attributes(pages, view);
+            return set.map_err(|refusal| refused(backend, pages, view, refusal));
+        }
         let places = self.windows.read().places(backend.id(), pages, view);
         places
             .into_iter()
@@ -63,10 +70,30 @@ impl Vm {
                 _ => View::Shared,
             };
             self.set_attributes_of(backend, run, view)?;
-            // The guest may have used the other view meanwhile.
-            backend.punch(run, view.other())?;
+            if backend.mode() != Mode::InPlace {
+                // The guest may have used the other view meanwhile.
+                backend.punch(run, view.other())?;
+            }
             backend.attributes_are_right(run);
         }
         Ok(())
+    }
+}
+
+fn refused(backend: &Backend, pages: FilePages, view: View, refusal: Refusal) -> Error {
+    let name = backend.config().name.clone();
+    match refusal {
+        Refusal::InUse { page } => Error::Held {
+            backend: name,
+            pages,
+            offset: page.saturating_mul(PAGE_SIZE),
+            timeout: backend.config().convert_timeout,
+        },
+        Refusal::Other(source) => Error::SetFileAttributes {
+            backend: name,
+            pages,
+            view,
+            source,
+        },
     }
 }

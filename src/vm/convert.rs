@@ -13,7 +13,6 @@
 //! then is owed: it is punched before that view is exposed again.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Discard};
@@ -22,15 +21,14 @@ use crate::exclusion::pins::Waited;
 use crate::listener::Notifier;
 use crate::pages::ranges::{FilePages, GuestPages, SmallList};
 use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::moves::{Moves, Run};
+use crate::vm::wait::Wait;
 use crate::vm::{STEP_PAGES, Vm};
 use crate::windows::{Part, Window};
 
 /// How long a pin lasts that is worth a wait with pages in transition. Others wait for them meanwhile.
 const SHORT_PIN: Duration = Duration::from_millis(5);
-
-/// How long pages are given back between two tries to find them without pins.
-const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 
 /// What a request decides besides the pages that it names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +45,8 @@ enum Step {
     Done(u64, Option<GuestPages>),
     /// The host uses these pages. Nothing has changed.
     Pinned(Arc<Backend>, FilePages),
+    /// Somebody uses a page, says the kernel: [`Error::Held`]. Nothing has changed.
+    Held(Arc<Backend>, Error),
     /// The windows have changed meanwhile. Nothing else has.
     LayoutChanged,
 }
@@ -73,21 +73,22 @@ impl Vm {
     pub(super) fn convert_with(&self, guest: GuestPages, to: View, decide: Decide) -> Result<u64> {
         let mut changed = 0;
         let mut rest = guest;
-        let mut first_wait = None;
+        let mut wait = Wait::default();
         loop {
             match self.try_step(rest, to, decide)? {
                 Step::Done(pages, None) => return Ok(changed + pages),
                 Step::Done(pages, Some(left)) => {
                     changed += pages;
-                    (rest, first_wait) = (left, None);
+                    (rest, wait) = (left, Wait::default());
                     if self.listener.interrupted() {
                         return Err(Error::Interrupted { guest });
                     }
                 }
                 Step::Pinned(backend, pages) => {
-                    let now = Instant::now();
-                    self.wait_for_pins(guest, &backend, pages, first_wait)?;
-                    first_wait.get_or_insert(now);
+                    self.wait_for_pins(guest, &backend, pages, &mut wait)?
+                }
+                Step::Held(backend, error) => {
+                    self.wait_for_holder(guest, &backend, error, &mut wait)?
                 }
                 Step::LayoutChanged => {}
             }
@@ -133,7 +134,13 @@ impl Vm {
                 if let Some(Run { backend, pages }) = drain_pins(&moves) {
                     return Ok(Step::Pinned(backend.clone(), pages));
                 }
-                self.to_private(&mut moves, &notifier)?
+                match self.to_private(&mut moves, &notifier) {
+                    Err(error @ Error::Held { .. }) => {
+                        let (backend, _) = &windows[0];
+                        return Ok(Step::Held(backend.clone(), error));
+                    }
+                    moved => moved?,
+                }
             }
             View::Shared => self.to_shared(&mut moves, &notifier)?,
         };
@@ -144,40 +151,6 @@ impl Vm {
             self.log_warning(warning);
         }
         Ok(Step::Done(pages, left))
-    }
-
-    /// Waits for the host to let go of pages, with no claim and none of the listener's locks held:
-    /// whoever lets go may need them. Not until all have gone: then the step is tried again, which
-    /// keeps new pins away. `first_wait` is when this step began to wait, if it has before.
-    fn wait_for_pins(
-        &self,
-        guest: GuestPages,
-        backend: &Backend,
-        pages: FilePages,
-        first_wait: Option<Instant>,
-    ) -> Result<()> {
-        let timeout = backend.config().convert_timeout;
-        let left = match first_wait {
-            None => {
-                backend.counters.waits.fetch_add(1, Ordering::Relaxed);
-                self.listener.revoke(backend, pages);
-                timeout
-            }
-            Some(start) => timeout.saturating_sub(start.elapsed()),
-        };
-        if left.is_zero() && first_wait.is_some() {
-            return Err(Error::Pinned {
-                backend: backend.config().name.clone(),
-                pages,
-                timeout,
-            });
-        }
-        let deadline = Instant::now() + left.min(BETWEEN_TRIES);
-        let interrupted = || self.listener.interrupted();
-        match backend.pins.wait(pages, deadline, interrupted) {
-            Waited::Unpinned | Waited::TimedOut => Ok(()),
-            Waited::Interrupted => Err(Error::Interrupted { guest }),
-        }
     }
 
     /// The pages around a range that nobody has decided, as far as a touch reaches. They lie in one
@@ -205,13 +178,34 @@ impl Vm {
                         continue;
                     };
                     if to == View::Private {
-                        check_private(&backend, &window)?;
+                        self.check_private(&backend, &window)?;
                     }
                     windows.push((backend, window));
                 }
             }
         }
         Ok(windows)
+    }
+
+    /// Can pages of this window be private?
+    fn check_private(&self, backend: &Backend, window: &Window) -> Result<()> {
+        let guest = window.guest;
+        if !backend.mode().has_private_pages() {
+            return Err(Error::NeverPrivate {
+                guest,
+                backend: backend.config().name.clone(),
+            });
+        }
+        if !window.is_bound() {
+            return Err(Error::Unbound { guest });
+        }
+        if backend.mode() == Mode::InPlace {
+            let windows = self.windows.read();
+            if let Some(unbound) = windows.unbound_place(backend.id(), window.file) {
+                return Err(Error::ShownUnbound { guest, unbound });
+            }
+        }
+        Ok(())
     }
 
     /// Returns what could not be punched.
@@ -287,14 +281,7 @@ impl Vm {
             run.backend.punch_owed(run.pages, View::Shared)?;
         }
         // Listeners are asked first: when one refuses, the guest has not seen anything yet.
-        let result = map(&runs, notifier).and_then(|()| {
-            moves.attributes_change();
-            let set = self.set_attributes(&runs, View::Shared);
-            set.inspect_err(|_| {
-                moves.attributes_are_back();
-                unmap(&runs, notifier);
-            })
-        });
+        let result = self.open_to_host(moves, &runs, notifier);
         match result {
             Ok(()) => Ok(free_left_view(&runs, View::Private)),
             Err(error) => {
@@ -306,6 +293,33 @@ impl Vm {
                 Err(error)
             }
         }
+    }
+
+    /// Lets guest and host use the shared view of runs, or neither of them.
+    fn open_to_host(
+        &self,
+        moves: &mut Moves<'_>,
+        runs: &[Run<'_>],
+        notifier: &Notifier<'_>,
+    ) -> Result<()> {
+        // In place a listener's mapping would fault before the attribute is clear.
+        let is_in_place = |run: &Run<'_>| run.backend.mode() == Mode::InPlace;
+        let (after, before): (SmallList<_>, SmallList<_>) =
+            runs.iter().copied().partition(is_in_place);
+        map(&before, notifier)?;
+        moves.attributes_change();
+        if let Err(error) = self.set_attributes(runs, View::Shared) {
+            moves.attributes_are_back();
+            unmap(&before, notifier);
+            return Err(error);
+        }
+        if let Err(error) = map(&after, notifier) {
+            self.set_attributes_back(runs, View::Private);
+            moves.attributes_are_back();
+            unmap(&before, notifier);
+            return Err(error);
+        }
+        Ok(())
     }
 }
 
@@ -319,21 +333,6 @@ fn drain_pins<'a>(moves: &Moves<'a>) -> Option<Run<'a>> {
         pinned = moves.first_pinned()?;
     }
     Some(pinned)
-}
-
-/// Can pages of this window be private?
-fn check_private(backend: &Backend, window: &Window) -> Result<()> {
-    let guest = window.guest;
-    if !backend.mode().has_private_pages() {
-        return Err(Error::NeverPrivate {
-            guest,
-            backend: backend.config().name.clone(),
-        });
-    }
-    match window.is_bound() {
-        true => Ok(()),
-        false => Err(Error::Unbound { guest }),
-    }
 }
 
 /// Cuts the windows of a request behind the first pages, as many as a step may have. Returns them
@@ -400,9 +399,10 @@ fn map(runs: &[Run<'_>], notifier: &Notifier<'_>) -> Result<()> {
 fn free_left_view(runs: &[Run<'_>], view: View) -> Vec<Error> {
     let mut warnings = Vec::new();
     for run in runs {
-        match run.backend.config().discard {
-            Discard::Now => warnings.extend(punch_or_owe(run.backend, run.pages, view)),
-            Discard::Keep => {}
+        // In place nothing is left behind.
+        let is_left = run.backend.mode() == Mode::Private;
+        if is_left && run.backend.config().discard == Discard::Now {
+            warnings.extend(punch_or_owe(run.backend, run.pages, view));
         }
     }
     warnings

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::listener::{Notifier, check_no_callback};
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::convert::punch_or_owe;
 use crate::vm::moves::Moves;
 use crate::vm::{STEP_PAGES, Vm};
@@ -51,6 +52,9 @@ impl Vm {
         let mut moves = Moves::new();
         let end = moves.mark(backend, step, |_| true);
         let step = step.first(end - step.start());
+        if backend.mode() == Mode::InPlace {
+            return self.free_in_place(backend, &mut moves, step, &notifier);
+        }
         // The host sees undecided pages: their shared view is emptied first, whatever the policy
         // says.
         backend.punch(step, View::Shared)?;
@@ -63,6 +67,29 @@ impl Vm {
             self.log_warning(warning);
         }
         Ok(end)
+    }
+
+    /// One page is behind both views: it is opened, then freed. All of `step` has been marked that
+    /// is to be freed.
+    fn free_in_place(
+        &self,
+        backend: &Backend,
+        moves: &mut Moves<'_>,
+        step: FilePages,
+        notifier: &Notifier<'_>,
+    ) -> Result<u64> {
+        self.to_shared(moves, notifier)?;
+        let freed = moves
+            .runs(|_| true)
+            .iter()
+            .try_for_each(|run| backend.punch(run.pages, View::Shared));
+        moves.finish(|was| match freed {
+            Ok(()) => PageState::Undecided,
+            // They are open, with what was in them.
+            Err(_) if was == PageState::Private => PageState::Shared,
+            Err(_) => was,
+        });
+        freed.map(|()| step.end())
     }
 
     /// Frees all that is private: those pages become undecided, and what is shared stays, as RAM
@@ -93,8 +120,10 @@ impl Vm {
             return Ok(step.end());
         };
         let is_scattered = backend.state_map(span, RUNS_AT_ONCE).rest.is_some();
+        // What is shared beside it must stay, in place and where the shared view is kept.
+        let two_files = backend.mode() == Mode::Private;
         let keeps = backend.config().discard == Discard::Keep;
-        if is_scattered && !keeps && !notifier.is_listening() {
+        if is_scattered && two_files && !keeps && !notifier.is_listening() {
             self.free_private_span(backend, span)?;
             return Ok(step.end());
         }
@@ -111,6 +140,10 @@ impl Vm {
     ) -> Result<u64> {
         let mut moves = Moves::new();
         let end = moves.mark(backend, span, |state| state == PageState::Private);
+        if backend.mode() == Mode::InPlace {
+            let looked_at = span.first(end - span.start());
+            return self.free_in_place(backend, &mut moves, looked_at, notifier);
+        }
         let mut warnings = Vec::new();
         if backend.config().discard == Discard::Keep {
             for run in moves.runs(|_| true) {

@@ -8,6 +8,7 @@ use crate::exclusion::claims::Claim;
 use crate::listener::check_no_callback;
 use crate::pages::ranges::{BackendId, FilePages, GuestPages};
 use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::{STEP_PAGES, Vm};
 use crate::windows::{Binding, Window};
 
@@ -41,6 +42,7 @@ impl Vm {
             Binding::Bound if backend.is_bindable() && !windows.is_bound(backend.id(), file) => {
                 Binding::Bound
             }
+            Binding::SharedAlias => Binding::SharedAlias,
             _ => Binding::Unbound,
         };
         let window = Window::new(guest, backend.id(), file.start(), binding)
@@ -92,7 +94,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Clears the attributes of windows wherever they may be set. The caller has claimed them.
+    /// Clears the attributes of windows wherever they may be set. The caller has claimed them. Where
+    /// the file has them, they have nothing to do with windows.
     fn clear_attributes(&self, windows: &[Window]) -> Result<()> {
         for window in windows {
             let Some(backend) = self.backend(window.backend) else {
@@ -100,24 +103,41 @@ impl Vm {
                 self.set_attributes_at(window.guest, View::Shared)?;
                 continue;
             };
+            if backend.mode() == Mode::InPlace {
+                continue;
+            }
             for step in window.file.pieces(STEP_PAGES) {
-                // What lies between two private pages is clear, and to clear it again costs nothing
-                // beside a call for each of them.
-                let private = backend.private_span(step);
-                let doubtful = backend.first_doubtful(step).map(|_| step);
-                let guest = doubtful.or(private).and_then(|span| window.guest_at(span));
-                if let Some(guest) = guest {
-                    self.set_attributes_at(guest, View::Shared)?;
-                }
+                self.clear_step(&backend, window, step)?;
             }
         }
         Ok(())
     }
 
+    fn clear_step(&self, backend: &Backend, window: &Window, step: FilePages) -> Result<()> {
+        let clear = |pages| match window.guest_at(pages) {
+            Some(guest) => self.set_attributes_at(guest, View::Shared),
+            None => Ok(()),
+        };
+        if backend.first_doubtful(step).is_some() {
+            return clear(step);
+        }
+        let Some(span) = backend.private_span(step) else {
+            return Ok(());
+        };
+        let map = backend.state_map(span, RUNS_AT_ONCE);
+        if map.rest.is_some() {
+            // What lies between is clear; to clear it again costs less than a call for each run.
+            return clear(span);
+        }
+        let private = map.runs.iter().filter(|(_, s)| *s == PageState::Private);
+        private.map(|(run, _)| *run).try_for_each(clear)
+    }
+
     /// Sets the attributes of windows where their pages are private. The caller has claimed them.
     fn set_where_private(&self, windows: &[Window]) -> Result<()> {
         for window in windows {
-            let Some(backend) = self.backend(window.backend) else {
+            let backend = self.backend(window.backend);
+            let Some(backend) = backend.filter(|b| b.mode() != Mode::InPlace) else {
                 continue;
             };
             let mut rest = backend.private_span(window.file);

@@ -11,6 +11,7 @@ mod moves;
 mod rebind;
 mod request;
 mod restore;
+mod wait;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,14 +20,15 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::backend::{Backend, BackendConfig, create};
+use crate::backend::create::{self, Created};
+use crate::backend::{Backend, BackendConfig};
 use crate::error::{Error, Result};
 use crate::exclusion::claims::{Claim, Claims};
 use crate::listener::{Level, Listener, Notifier};
 use crate::owner::Owner;
 use crate::pages::ranges::{BackendId, FilePages, GuestPages, SmallList, VmId};
 use crate::pages::states::View;
-use crate::views::{ViewFile, Views};
+use crate::views::{Mode, ViewFile};
 use crate::windows::{Layout, Part, WindowTable};
 
 /// At most so many pages (1 GiB) are claimed at once: whoever waits for a step of a request does not
@@ -74,15 +76,16 @@ impl Vm {
         }
     }
 
-    /// Creates a backend and its files: a guest_memfd and a memfd for a guest with private memory,
-    /// one guest_memfd that the host maps for others.
+    /// Creates a backend and its files: one guest_memfd for both views where the kernel offers that, a
+    /// guest_memfd and a memfd for other guests with private memory, one guest_memfd that the host
+    /// maps for guests without.
     ///
     /// # Errors
     /// [`Error::Range`] for a size that is none, [`Error::Unsupported`], [`Error::DemandedMode`] and
     /// [`Error::NoMode`] for what kernel or VM lack, [`Error::CreateFile`], [`Error::NoMemory`].
-    pub fn create_backend(&self, config: BackendConfig) -> Result<Arc<Backend>> {
-        let (config, views) = create::create(self.owner().as_ref(), config)?;
-        self.add_backend(config, views)
+    pub fn create_backend(&self, mut config: BackendConfig) -> Result<Arc<Backend>> {
+        let created = create::create(self.owner().as_ref(), &mut config)?;
+        self.add_backend(config, created)
     }
 
     /// Creates a backend whose shared view is a file of the caller's.
@@ -94,13 +97,13 @@ impl Vm {
         config: BackendConfig,
         shared: Arc<dyn ViewFile>,
     ) -> Result<Arc<Backend>> {
-        let (config, views) = create::create_over(self.owner().as_ref(), config, shared)?;
-        self.add_backend(config, views)
+        let created = create::create_over(self.owner().as_ref(), &config, shared)?;
+        self.add_backend(config, created)
     }
 
-    fn add_backend(&self, config: BackendConfig, views: Views) -> Result<Arc<Backend>> {
+    fn add_backend(&self, config: BackendConfig, created: Created) -> Result<Arc<Backend>> {
         let id = BackendId(self.next_backend.fetch_add(1, Ordering::Relaxed));
-        let backend = Arc::new(Backend::new(self.id, id, config, views)?);
+        let backend = Arc::new(Backend::new(self.id, id, config, created)?);
         self.backends.write().insert(id, backend.clone());
         Ok(backend)
     }
@@ -118,6 +121,10 @@ impl Vm {
                 what: "a backend cannot be removed",
                 user: "the guest has windows on it",
             });
+        }
+        if backend.mode() == Mode::InPlace {
+            // Its file keeps the attributes, and goes.
+            self.windows.write().forget_stale_of(backend.id());
         }
         let cleared = self.clear_stale_windows();
         self.backends.write().remove(&backend.id());

@@ -11,13 +11,15 @@ use crate::listener::Notifier;
 use crate::owner::Owner;
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
+use crate::views::Mode;
 use crate::vm::Vm;
 
 impl Vm {
     /// The guest runs under a new owner now. All windows have been removed. Every backend gets a new
-    /// private file, and its pages start over. What was private is gone; what was shared survives, as
-    /// RAM does in any reset, unless pages start private. Mapped backends keep their file, which slots
-    /// of another VM cannot carry: bound ones are refused.
+    /// guest_memfd, and its pages start over. What was private is gone. What was shared survives, as
+    /// RAM does in any reset, unless pages start private; in place it is gone too, with the only file
+    /// that there was, and the host has to map the new one. Mapped backends keep their file, which
+    /// slots of another VM cannot carry: bound ones are refused.
     ///
     /// Takes no longer if states are scattered, unless somebody listens or pages keep their data when
     /// they become private ([`Discard::Keep`]).
@@ -68,6 +70,10 @@ impl Vm {
 
 /// Frees what the shared view holds of pages that start over. The caller has claimed them.
 fn empty_shared_view(backend: &Backend) -> Result<()> {
+    if backend.mode() == Mode::InPlace {
+        // All of it goes with its file.
+        return Ok(());
+    }
     if !backend.config().start.host_may_use() {
         return backend.punch(backend.pages(), View::Shared);
     }

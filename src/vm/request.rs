@@ -52,7 +52,7 @@ impl Vm {
     /// not bound, so an access there asks for that one, whatever the exit says.
     ///
     /// # Errors
-    /// [`Error::Range`], and those of [`Vm::convert`] but [`Error::Pinned`]: the guest touches the page
+    /// [`Error::Range`], and those of [`Vm::convert`] but [`Error::Pinned`] and [`Error::Held`]: the guest touches the page
     /// again, and waits again.
     pub fn memory_fault(&self, gpa: u64, size: u64, intent: View) -> Result<u64> {
         let guest = GuestPages::from_bytes(gpa, size)?;
@@ -77,7 +77,7 @@ impl Vm {
         };
         let result = match self.watch(backend.as_deref(), guest, to, serve) {
             // The guest touches it again, and waits again. The listener has been told.
-            Err(Error::Pinned { .. }) => Ok(0),
+            Err(Error::Pinned { .. } | Error::Held { .. }) => Ok(0),
             result => result,
         };
         count(backend.as_deref(), result, |counters| {

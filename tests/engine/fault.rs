@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::views::KernelFile;
+use guestmemfd::views::in_place::{InPlaceFile, Refusal};
 use guestmemfd::*;
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -25,6 +27,17 @@ pub(crate) struct Fault {
     /// What another vCPU does right before an attribute is set, and right after.
     before_attribute: Act,
     after_attribute: Act,
+    /// Of a file that keeps attributes: which pages are private.
+    file_attributes: Mutex<Vec<bool>>,
+    held: Mutex<Held>,
+}
+
+/// A page that somebody holds, and how many more tries find it so.
+#[derive(Debug, Default)]
+struct Held {
+    page: u64,
+    left: u64,
+    refusals: u64,
 }
 
 /// Something that is done once.
@@ -86,6 +99,38 @@ impl Fault {
         }
     }
 
+    /// Which pages are private for a file that keeps attributes.
+    pub(crate) fn file_attributes(&self) -> Vec<bool> {
+        self.file_attributes.lock().clone()
+    }
+
+    /// Somebody uses a page as long as so many tries to make it private ([`LASTING`]: for ever).
+    pub(crate) fn hold(&self, page: u64, tries: u64) {
+        let (left, refusals) = (tries, 0);
+        *self.held.lock() = Held {
+            page,
+            left,
+            refusals,
+        };
+    }
+
+    /// How many tries have found it held.
+    pub(crate) fn refusals(&self) -> u64 {
+        self.held.lock().refusals
+    }
+
+    fn is_held(&self, pages: FilePages) -> Option<u64> {
+        let mut held = self.held.lock();
+        if held.left == 0 || !pages.contains(held.page) {
+            return None;
+        }
+        if held.left != LASTING {
+            held.left -= 1;
+        }
+        held.refusals += 1;
+        Some(held.page)
+    }
+
     pub(crate) fn nobody_acts(&self) {
         for act in [&self.before_attribute, &self.after_attribute] {
             *act.0.lock() = None;
@@ -140,6 +185,18 @@ impl Owner for FaultyOwner {
         Ok(Arc::new(FaultyFile(file, self.1.clone())))
     }
 
+    fn check_in_place(&self) -> Result<()> {
+        self.0.check_in_place()
+    }
+
+    fn create_in_place_file(&self, bytes: u64, start: View) -> io::Result<Arc<dyn InPlaceFile>> {
+        self.1.call()?;
+        let pages = (bytes / PAGE_SIZE) as usize;
+        *self.1.file_attributes.lock() = vec![start == View::Private; pages];
+        let file = KernelFile::memfd("in-place", bytes)?;
+        Ok(Arc::new(FaultyFile(Arc::new(file), self.1.clone())))
+    }
+
     fn check_mapped_memory(&self) -> Result<()> {
         self.0.check_mapped_memory()
     }
@@ -191,5 +248,19 @@ impl ViewFile for FaultyFile {
 
     fn allocated(&self) -> io::Result<u64> {
         self.0.allocated()
+    }
+}
+
+/// A memfd whose attributes are on record.
+impl InPlaceFile for FaultyFile {
+    fn set_attributes(&self, pages: FilePages, view: View) -> std::result::Result<(), Refusal> {
+        self.1.call().map_err(Refusal::Other)?;
+        if let (View::Private, Some(page)) = (view, self.1.is_held(pages)) {
+            return Err(Refusal::InUse { page });
+        }
+        let mut attributes = self.1.file_attributes.lock();
+        let (start, end) = (pages.start() as usize, pages.end() as usize);
+        attributes[start..end].fill(view == View::Private);
+        Ok(())
     }
 }

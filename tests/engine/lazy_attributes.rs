@@ -264,7 +264,7 @@ fn lazy_attributes_need_pages_that_start_undecided() {
     let vm = Vm::new(owner, Box::new(MapperHandle(Arc::default())));
     let mut config = BackendConfig::new("ram", PAGE_SIZE);
     config.start = PageState::Private;
-    config.lazy = Some(backend::reach::Chunk::default());
+    config.lazy = Lazy::On(backend::reach::Chunk::default());
     let error = vm.create_backend(config).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 }

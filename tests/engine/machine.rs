@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::views::KernelFile;
@@ -61,10 +62,40 @@ impl Machine {
         start: PageState,
         lazy: Option<backend::reach::Chunk>,
     ) -> Self {
+        let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+        config.discard = discard;
+        config.start = start;
+        config.lazy = lazy.map_or(Lazy::Off, Lazy::On);
+        config.prefault = Prefault::Small;
+        Self::over(SoftwareOwner::default(), config, |vm, config, fault| {
+            let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
+            let shared = Arc::new(FaultyFile(shared, fault.clone()));
+            vm.create_backend_over(config, shared).unwrap()
+        })
+    }
+
+    /// In place; the second window of the first pages is a shared alias.
+    pub(crate) fn in_place() -> Self {
+        Self::in_place_waiting(backend::DEFAULT_CONVERT_TIMEOUT)
+    }
+
+    pub(crate) fn in_place_waiting(convert_timeout: Duration) -> Self {
+        let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
+        config.convert_timeout = convert_timeout;
+        Self::over(SoftwareOwner::in_place(), config, |vm, config, _| {
+            vm.create_backend(config).unwrap()
+        })
+    }
+
+    fn over(
+        owner: SoftwareOwner,
+        config: BackendConfig,
+        create: impl FnOnce(&Vm, BackendConfig, &Arc<Fault>) -> Arc<Backend>,
+    ) -> Self {
         let fault = Arc::new(Fault::default());
-        let owner = Arc::new(SoftwareOwner::default());
+        let owner = Arc::new(owner);
         let mapper = Arc::new(Mapper {
-            mapped: parking_lot::Mutex::new(vec![start.host_may_use(); PAGES as usize]),
+            mapped: parking_lot::Mutex::new(vec![config.start.host_may_use(); PAGES as usize]),
             fault: fault.clone(),
             ..Mapper::default()
         });
@@ -72,20 +103,23 @@ impl Machine {
             Arc::new(FaultyOwner(owner.clone(), fault.clone())),
             Box::new(MapperHandle(mapper.clone())),
         );
-        let mut config = BackendConfig::new("ram", PAGES * PAGE_SIZE);
-        config.discard = discard;
-        config.start = start;
-        config.lazy = lazy;
-        config.prefault = Prefault::Small;
-        let shared = Arc::new(KernelFile::memfd("shared", config.size).unwrap());
-        let shared = Arc::new(FaultyFile(shared, fault.clone()));
-        let backend = vm.create_backend_over(config, shared).unwrap();
-        for (window, offset, binding) in [
-            (guest(LOW, LOW + 16), 0, Binding::Bound),
-            (guest(HIGH, HIGH + 8), 16 * PAGE_SIZE, Binding::Bound),
-            (guest(ALIAS, ALIAS + 8), 0, Binding::Unbound),
+        let backend = create(&vm, config, &fault);
+        // Bound is more than a second window can get.
+        let (wanted, alias) = match backend.mode() {
+            Mode::InPlace => (Binding::SharedAlias, Binding::SharedAlias),
+            _ => (Binding::Bound, Binding::Unbound),
+        };
+        for (window, offset, wanted, binding) in [
+            (guest(LOW, LOW + 16), 0, Binding::Bound, Binding::Bound),
+            (
+                guest(HIGH, HIGH + 8),
+                16 * PAGE_SIZE,
+                Binding::Bound,
+                Binding::Bound,
+            ),
+            (guest(ALIAS, ALIAS + 8), 0, wanted, alias),
         ] {
-            let added = vm.add_window(&backend, window, offset, Binding::Bound);
+            let added = vm.add_window(&backend, window, offset, wanted);
             assert_eq!(added.unwrap(), binding);
         }
         Self {

@@ -13,6 +13,7 @@ mod access;
 mod discards;
 mod failures;
 mod fault;
+mod in_place;
 mod layout;
 mod lazy_attributes;
 mod machine;
