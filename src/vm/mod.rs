@@ -13,10 +13,9 @@ mod request;
 mod restore;
 mod wait;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -45,8 +44,8 @@ pub struct Vm {
     pub(crate) windows: RwLock<WindowTable>,
     /// Held while windows are added and removed, system calls included. No conversion takes it.
     layout: Mutex<()>,
-    backends: RwLock<BTreeMap<BackendId, Arc<Backend>>>,
-    next_backend: AtomicU32,
+    /// By number. One that has been removed leaves its place empty: no number comes again.
+    backends: RwLock<Vec<Option<Arc<Backend>>>>,
     pub(crate) claims: Claims,
     pub(crate) listener: Box<dyn Listener>,
 }
@@ -70,7 +69,6 @@ impl Vm {
             windows: RwLock::default(),
             layout: Mutex::default(),
             backends: RwLock::default(),
-            next_backend: AtomicU32::new(0),
             claims: Claims::default(),
             listener,
         }
@@ -102,9 +100,10 @@ impl Vm {
     }
 
     fn add_backend(&self, config: BackendConfig, created: Created) -> Result<Arc<Backend>> {
-        let id = BackendId(self.next_backend.fetch_add(1, Ordering::Relaxed));
+        let mut backends = self.backends.write();
+        let id = BackendId(backends.len() as u32);
         let backend = Arc::new(Backend::new(self.id, id, config, created)?);
-        self.backends.write().insert(id, backend.clone());
+        backends.push(Some(backend.clone()));
         Ok(backend)
     }
 
@@ -127,7 +126,9 @@ impl Vm {
             self.windows.write().forget_stale_of(backend.id());
         }
         let cleared = self.clear_stale_windows();
-        self.backends.write().remove(&backend.id());
+        if let Some(place) = self.backends.write().get_mut(backend.id().0 as usize) {
+            *place = None;
+        }
         cleared
     }
 
@@ -171,11 +172,11 @@ impl Vm {
 
     /// The backend of a window.
     pub(crate) fn backend(&self, id: BackendId) -> Option<Arc<Backend>> {
-        self.backends.read().get(&id).cloned()
+        self.backends.read().get(id.0 as usize)?.clone()
     }
 
     fn all_backends(&self) -> Vec<Arc<Backend>> {
-        self.backends.read().values().cloned().collect()
+        self.backends.read().iter().flatten().cloned().collect()
     }
 
     /// What a range shows, and in which layout.

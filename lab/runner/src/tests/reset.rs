@@ -14,13 +14,16 @@ use crate::probe::Need;
 use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query;
 use crate::tap::Tap;
-use crate::vm::{Scenario, Vm};
+use crate::vm::{Scenario, Size, Vm};
 
 /// Resets before anything is compared: QEMU allocates some things when they are first needed.
 const WARM_UP: usize = 4;
 
 /// Anonymous memory comes and goes a little, with threads' heaps.
 const NOISE: u64 = 1 << 20;
+
+/// How long the monitor may be silent: 100 ms, and what other programs on the machine take.
+const ANSWER: Duration = Duration::from_millis(400);
 
 pub(super) fn tests() -> Vec<Test> {
     let test = |name: &str, machine: &'static str, smp, resets, runs| {
@@ -39,7 +42,54 @@ pub(super) fn tests() -> Vec<Test> {
         test("same-vm-file-8", "", 8, 20, 2).only_in_full(),
         test("long-same-vm-file", "", 2, 100, 25).only_in_full(),
         test("long-new-vm-file", new_file, 2, 100, 5).only_in_full(),
+        answers("monitor-answers", "2G"),
+        answers("monitor-answers-16g", "16G").only_in_full(),
     ]
+}
+
+fn answers(name: &str, size: &'static str) -> Test {
+    let needs = &[Need::PrivateMemory];
+    Test::new(format!("reset/{name}"), needs, move |context| {
+        monitor_answers(context, size.parse()?)
+    })
+}
+
+/// While memory that is all private is freed for a reset, the monitor answers.
+fn monitor_answers(context: &Context, size: Size) -> Result<()> {
+    let vm = Vm::conformance(&context.files, Scenario::Sweep, false, size, 2)
+        .with_backend_properties("prefault=on");
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    let deadline = Instant::now() + GUEST_LIMIT;
+    // All but what lies below the slices.
+    while query::backend(&mut qemu.qmp)?.private_bytes < size.0 * 9 / 10 {
+        ensure!(Instant::now() < deadline, "the guest converts nothing");
+        thread::sleep(Duration::from_millis(20));
+    }
+    qemu.qmp.run("system_reset", json!({}))?;
+    let asked = Instant::now();
+    let mut slowest = Duration::ZERO;
+    loop {
+        let start = Instant::now();
+        qemu.qmp.run("query-status", json!({}))?;
+        slowest = slowest.max(start.elapsed());
+        if query::backend(&mut qemu.qmp)?.private_bytes == 0 {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "the reset does not come");
+        thread::sleep(Duration::from_millis(5));
+    }
+    println!(
+        "# {} MiB freed in {:?}, slowest answer {slowest:?}",
+        size.0 >> 20,
+        asked.elapsed()
+    );
+    ensure!(
+        slowest < ANSWER,
+        "the monitor was silent for {slowest:?}, {ANSWER:?} are allowed"
+    );
+    qemu.quit()?;
+    Ok(())
 }
 
 /// What a guest does between two resets.
