@@ -118,7 +118,7 @@ typedef struct guestmemfd_backend_config {
      */
     uint32_t convert_timeout;
     /**
-     * Passed to guestmemfd_callbacks.map, unmap, revoke and stray.
+     * Passed to guestmemfd_callbacks.map, unmap, new_files, revoke and stray.
      */
     void *opaque;
 } guestmemfd_backend_config;
@@ -309,7 +309,7 @@ typedef struct guestmemfd_stray {
  */
 typedef struct guestmemfd_callbacks {
     /**
-     * Passed to all but map, unmap, revoke and stray.
+     * Passed to all but map, unmap, new_files, revoke and stray.
      */
     void *opaque;
     /**
@@ -329,6 +329,12 @@ typedef struct guestmemfd_callbacks {
      * The bytes are about to become private: let go of them.
      */
     void (*unmap)(void *backend_opaque, uint64_t offset, uint64_t size);
+    /**
+     * A backend has new files: guestmemfd_backend_private_fd() and, with GUESTMEMFD_MODE_IN_PLACE,
+     * guestmemfd_backend_shared_fd(), which is to be mapped anew, now. unmap has been told before of all
+     * bytes whose file has gone, and map is told after this of those that may be used.
+     */
+    void (*new_files)(void *backend_opaque);
     /**
      * The bytes are to become private, and some are pinned. Whoever can do without lets go of its pins
      * now, or soon: the request waits for those that stay. Called with no claim held, and not between

@@ -80,6 +80,13 @@ pub trait Listener: Send + Sync {
         let _ = (backend, pages);
     }
 
+    /// A backend has new files, as a new owner needs them. Where the host maps the shared one, it is to
+    /// be mapped anew, now: `unmap` has been told before of all pages whose file has gone, and `map`
+    /// is told after this of those that may be used.
+    fn new_files(&self, backend: &Backend) {
+        let _ = backend;
+    }
+
     /// Pages are to become private, and the host has pinned some of them. Whoever can do without
     /// lets go of its pins now, or soon: the request waits for those that stay. Called with no claim
     /// held, and not between `begin` and `end`.

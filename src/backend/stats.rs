@@ -123,9 +123,9 @@ pub struct BackendStats {
     pub state_bytes: [u64; 4],
     /// Bytes of the shared file that the kernel has allocated.
     pub shared_allocated: u64,
-    /// Requests that moved pages to the shared view.
+    /// Steps of requests that moved pages to the shared view; most requests are one step.
     pub conversions_to_shared: u64,
-    /// Requests that moved pages to the private view.
+    /// The same for the private view.
     pub conversions_to_private: u64,
     /// Bytes moved to the shared view.
     pub converted_to_shared: u64,

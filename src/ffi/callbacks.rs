@@ -31,7 +31,7 @@ use crate::pages::states::View;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct guestmemfd_callbacks {
-    /// Passed to all but map, unmap, revoke and stray.
+    /// Passed to all but map, unmap, new_files, revoke and stray.
     pub opaque: *mut c_void,
     /// A step begins. Are map and unmap to be called in it? If so, a private touch decides its own page
     /// alone even with lazy attributes: the bytes around it may be in use.
@@ -43,6 +43,10 @@ pub struct guestmemfd_callbacks {
         Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64) -> i32>,
     /// The bytes are about to become private: let go of them.
     pub unmap: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
+    /// A backend has new files: guestmemfd_backend_private_fd() and, with GUESTMEMFD_MODE_IN_PLACE,
+    /// guestmemfd_backend_shared_fd(), which is to be mapped anew, now. unmap has been told before of all
+    /// bytes whose file has gone, and map is told after this of those that may be used.
+    pub new_files: Option<unsafe extern "C" fn(backend_opaque: *mut c_void)>,
     /// The bytes are to become private, and some are pinned. Whoever can do without lets go of its pins
     /// now, or soon: the request waits for those that stay. Called with no claim held, and not between
     /// begin and end.
@@ -171,6 +175,13 @@ impl Listener for CListener {
                     pages.bytes(),
                 )
             }
+        }
+    }
+
+    fn new_files(&self, backend: &Backend) {
+        if let Some(new_files) = self.callbacks.new_files {
+            // SAFETY: see begin.
+            unsafe { new_files(self.opaques.get(backend)) }
         }
     }
 

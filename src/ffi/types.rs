@@ -159,7 +159,7 @@ pub struct guestmemfd_backend_config {
     /// How many milliseconds a request waits for pages that are to become private but are pinned; 0
     /// stands for a second.
     pub convert_timeout: u32,
-    /// Passed to guestmemfd_callbacks.map, unmap, revoke and stray.
+    /// Passed to guestmemfd_callbacks.map, unmap, new_files, revoke and stray.
     pub opaque: *mut c_void,
 }
 

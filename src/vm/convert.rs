@@ -80,7 +80,9 @@ impl Vm {
                 Step::Done(pages, Some(left)) => {
                     changed += pages;
                     (rest, wait) = (left, Wait::default());
-                    if self.listener.interrupted() {
+                    // Not before something has moved: whoever asks again gets on, however often it
+                    // is interrupted.
+                    if pages > 0 && self.listener.interrupted() {
                         return Err(Error::Interrupted { guest });
                     }
                 }

@@ -57,14 +57,37 @@ impl Vm {
         *self.owner.write() = owner;
         let mut result = Ok(());
         for (backend, views) in start_over {
+            let lost = lost_pages(backend);
+            if notifier.is_listening() {
+                unmap(backend, lost, &notifier);
+            }
             backend.replace_views(views);
             backend.forget_debts();
+            self.listener.new_files(backend);
             if notifier.is_listening() {
-                result = result.and(tell(backend, &notifier));
+                result = result.and(map(backend, lost, &notifier));
             }
             backend.with_states(|states| states.reset(backend.config().start));
         }
         result
+    }
+}
+
+/// Which of the pages that the host may use now are gone with their file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    /// None: they start over as they are.
+    Nothing,
+    /// All of them.
+    Everything,
+}
+
+fn lost_pages(backend: &Backend) -> Lost {
+    let stay = backend.mode() == Mode::Private && backend.config().start.host_may_use();
+    if stay {
+        Lost::Nothing
+    } else {
+        Lost::Everything
     }
 }
 
@@ -87,23 +110,38 @@ fn empty_shared_view(backend: &Backend) -> Result<()> {
     Ok(())
 }
 
-/// Tells the listener what becomes of pages that are still in their old states. Goes on after an
-/// error, and returns the first.
-fn tell(backend: &Backend, notifier: &Notifier<'_>) -> Result<()> {
-    let usable = backend.config().start.host_may_use();
-    let mut result = Ok(());
-    let told = for_each_run(backend, |pages, state| {
-        match (state.host_may_use(), usable) {
-            (true, false) => notifier.unmap(backend, pages),
-            (false, true) => {
-                let mapped = notifier.map(backend, pages);
-                result = std::mem::replace(&mut result, Ok(())).and(mapped);
-            }
-            _ => {}
+/// Tells the listener to let go of pages that start over with another file, or private.
+fn unmap(backend: &Backend, lost: Lost, notifier: &Notifier<'_>) {
+    if lost == Lost::Nothing {
+        return;
+    }
+    // Nothing in it fails.
+    let _ = for_each_run(backend, |pages, state| {
+        if state.host_may_use() {
+            notifier.unmap(backend, pages);
         }
         Ok(())
     });
-    result.and(told)
+}
+
+/// Tells the listener of pages that start over and are the host's. They are still in their old states.
+/// Goes on after an error, and returns the first.
+fn map(backend: &Backend, lost: Lost, notifier: &Notifier<'_>) -> Result<()> {
+    if !backend.config().start.host_may_use() {
+        return Ok(());
+    }
+    if lost == Lost::Everything {
+        return notifier.map(backend, backend.pages());
+    }
+    let mut result = Ok(());
+    for_each_run(backend, |pages, state| {
+        if !state.host_may_use() {
+            let mapped = notifier.map(backend, pages);
+            result = std::mem::replace(&mut result, Ok(())).and(mapped);
+        }
+        Ok(())
+    })?;
+    result
 }
 
 /// Walks the runs of all states, a bounded number at a time.
