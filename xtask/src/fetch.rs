@@ -13,7 +13,7 @@ use crate::cache::{self, megabytes};
 use crate::context::Context;
 use crate::progress::Step;
 
-/// A file of a source package.
+/// A file of a source package, or one that the archive has beside it.
 #[derive(Debug)]
 pub(crate) struct Distfile {
     pub(crate) name: &'static str,
@@ -47,8 +47,18 @@ pub(crate) const QEMU: &[Release] = &[Release {
     ],
 }];
 
-/// Linux for the lab, newest first.
+/// Linux for the lab, newest first. A binary package with the source is there when the source
+/// package itself is not.
 pub(crate) const LINUX: &[Release] = &[
+    Release {
+        package: "linux",
+        version: "7.3.4",
+        files: &[Distfile {
+            name: "linux-source-7.3_7.3.4-1~bpo13+1_all.deb",
+            size: 166_780_612,
+            sha256: "703e369ddd4cce971452f5a593ee55df3a5c10c83caf0fa0df039633ed181ee3",
+        }],
+    },
     Release {
         package: "linux",
         version: "7.2.8",
@@ -56,15 +66,6 @@ pub(crate) const LINUX: &[Release] = &[
             name: "linux_7.2.8.orig.tar.xz",
             size: 163_638_868,
             sha256: "08f058f9de8d487e32a5c9e2855ee7e35bee1a047e77d37ba797d734c0cc07b3",
-        }],
-    },
-    Release {
-        package: "linux",
-        version: "7.1.13",
-        files: &[Distfile {
-            name: "linux_7.1.13.orig.tar.xz",
-            size: 161_695_252,
-            sha256: "25f65727fb83a4fa90d18ec1449bd99db93ad54faceacab821c38f19431940c2",
         }],
     },
 ];
@@ -300,7 +301,7 @@ mod tests {
     #[test]
     fn advice_names_the_files_and_the_option() {
         let advice = advice(LINUX);
-        assert!(advice.contains("linux_7.1.13.orig.tar.xz") && advice.contains("--distfiles"));
+        assert!(advice.contains("linux_7.2.8.orig.tar.xz") && advice.contains("--distfiles"));
     }
 
     #[test]

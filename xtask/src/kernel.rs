@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The lab's kernel: tinyconfig, `lab/kernel.config` and `lab/patches`.
+//! The lab's kernel: tinyconfig, `lab/kernel.config`, and what `lab/patches` has for its version.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cache;
 use crate::context::Context;
-use crate::fetch::{self, Release};
+use crate::fetch::{self, Obtained, Release};
 use crate::packages::find_tool;
 use crate::process::{Job, command};
 use crate::progress::Step;
@@ -39,9 +39,7 @@ pub(crate) fn build(ctx: &Context, step: &Step) -> Result<Kernel> {
     }
     let obtained = fetch::obtain(ctx, step, fetch::LINUX)?;
     let result = result(ctx, obtained.release)?;
-    cache::make_folder(&result, |partial| {
-        make(ctx, step, &obtained.files[0], partial)
-    })?;
+    cache::make_folder(&result, |partial| make(ctx, step, &obtained, partial))?;
     cache::touch(&result);
     cache::keep_newest(&ctx.cache.join("kernel"), KEEP)?;
     built(ctx)?.context("the kernel that was just built is not there")
@@ -61,31 +59,48 @@ fn built(ctx: &Context) -> Result<Option<Kernel>> {
     Ok(None)
 }
 
-fn fragment(ctx: &Context) -> PathBuf {
-    ctx.root.join("lab/kernel.config")
+/// The folder with what a release needs of its own: patches, and options that others do not have.
+fn folder(ctx: &Context, release: &Release) -> PathBuf {
+    let minor = release.version.rsplit_once('.');
+    let minor = minor.map_or(release.version, |(minor, _)| minor);
+    ctx.root.join("lab/patches").join(minor)
 }
 
-fn patches(ctx: &Context) -> Result<Vec<PathBuf>> {
-    series(&ctx.root.join("lab/patches"))
+/// Files with options, of which later ones come after earlier ones.
+fn fragments(ctx: &Context, release: &Release) -> Vec<PathBuf> {
+    let own = folder(ctx, release).join("config");
+    let all = ctx.root.join("lab/kernel.config");
+    [Some(all), own.exists().then_some(own)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn patches(ctx: &Context, release: &Release) -> Result<Vec<PathBuf>> {
+    series(&folder(ctx, release))
 }
 
 fn result(ctx: &Context, release: &Release) -> Result<PathBuf> {
-    let mut key = release.key().add_file(&fragment(ctx))?;
-    for patch in patches(ctx)? {
-        key = key.add_file(&patch)?;
+    let mut key = release.key();
+    for file in fragments(ctx, release)
+        .iter()
+        .chain(&patches(ctx, release)?)
+    {
+        key = key.add_file(file)?;
     }
     Ok(ctx.cache.join("kernel").join(key.finish()))
 }
 
-fn make(ctx: &Context, step: &Step, archive: &Path, result: &Path) -> Result<()> {
+fn make(ctx: &Context, step: &Step, obtained: &Obtained, result: &Path) -> Result<()> {
     let source = result.join("source");
     fs::create_dir(&source)?;
     step.say("unpacking");
-    unpack(archive, &source)?;
+    unpack_source(&obtained.files[0], &source)?;
     step.say("applying patches");
-    apply(&source, &patches(ctx)?, &ctx.log("kernel-patches"))?;
+    let patches = patches(ctx, obtained.release)?;
+    apply(&source, &patches, &ctx.log("kernel-patches"))?;
     step.say("configuring");
-    configure(ctx, &source)?;
+    configure(ctx, obtained.release, &source)?;
     step.say("compiling");
     let mut lines = 0;
     Job::new(
@@ -105,6 +120,28 @@ fn make(ctx: &Context, step: &Step, archive: &Path, result: &Path) -> Result<()>
     cache::remove(&source)
 }
 
+/// Unpacks an archive of the source, or a binary package that has one in it.
+fn unpack_source(archive: &Path, source: &Path) -> Result<()> {
+    if archive
+        .extension()
+        .is_none_or(|extension| extension != "deb")
+    {
+        return unpack(archive, source);
+    }
+    let package = source.with_extension("package");
+    let mut dpkg = command("dpkg-deb", ["--extract"]);
+    dpkg.arg(archive).arg(&package);
+    Job::new(format!("unpacking {}", archive.display()), dpkg).run()?;
+    let folder = package.join("usr/src");
+    let inner = fs::read_dir(&folder)
+        .with_context(|| format!("{} has no source in it", archive.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "xz"))
+        .with_context(|| format!("{} has no archive in it", archive.display()))?;
+    unpack(&inner, source)?;
+    cache::remove(&package)
+}
+
 fn make_command(source: &Path, args: &[&str]) -> Command {
     let mut make = command("make", args);
     make.current_dir(source).env("ARCH", "x86_64");
@@ -116,13 +153,17 @@ fn make_command(source: &Path, args: &[&str]) -> Command {
 }
 
 /// Writes the configuration, and sees that every option of ours is in it.
-fn configure(ctx: &Context, source: &Path) -> Result<()> {
+fn configure(ctx: &Context, release: &Release, source: &Path) -> Result<()> {
     let log = ctx.log("kernel-configure");
     Job::new("configuring Linux", make_command(source, &["tinyconfig"]))
         .log(&log)
         .run()?;
     let config = source.join(".config");
-    let fragment = fs::read_to_string(fragment(ctx)).context("cannot read lab/kernel.config")?;
+    let mut fragment = String::new();
+    for path in fragments(ctx, release) {
+        let text = fs::read_to_string(&path);
+        fragment += &text.with_context(|| format!("cannot read {}", path.display()))?;
+    }
     let tiny = fs::read_to_string(&config)?;
     fs::write(&config, format!("{tiny}{fragment}"))?;
     Job::new("configuring Linux", make_command(source, &["olddefconfig"]))
@@ -131,7 +172,8 @@ fn configure(ctx: &Context, source: &Path) -> Result<()> {
     let missing = missing_options(&fragment, &fs::read_to_string(&config)?);
     if !missing.is_empty() {
         bail!(
-            "this Linux does not take these options of lab/kernel.config: {}",
+            "Linux {} does not take these options of lab/kernel.config: {}",
+            release.version,
             missing.join(" ")
         );
     }

@@ -69,7 +69,7 @@ const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
         File("/usr/share/qemu/pvh.bin"),
     ),
     ("busybox-static", &[Image], Tool("busybox")),
-    ("dpkg", &[Debian], Tool("dpkg-deb")),
+    ("dpkg", &[Debian, Kernel], Tool("dpkg-deb")),
     ("apt", &[Debian], Tool("apt-get")),
     (
         "debian-archive-keyring",
