@@ -23,6 +23,18 @@ pub(crate) struct Options {
     /// user's cache folder]
     #[arg(long, global = true, value_name = "DIR")]
     cache: Option<PathBuf>,
+
+    /// Whether level 1's kernel converts memory in place, as Linux 7.4 does, or in two files
+    #[arg(long, global = true, value_name = "on|off", default_value = "off", value_parser = on_or_off)]
+    in_place: bool,
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("write on or off".to_owned()),
+    }
 }
 
 /// See the module.
@@ -33,6 +45,8 @@ pub(crate) struct Context {
     pub(crate) cache: PathBuf,
     pub(crate) distfiles: Option<PathBuf>,
     pub(crate) qemu_src: Option<PathBuf>,
+    /// Level 1's kernel converts memory in place, where a task does not ask for the one or the other.
+    pub(crate) in_place: bool,
     /// How many compilers run at once.
     pub(crate) jobs: usize,
     logs: PathBuf,
@@ -48,6 +62,7 @@ impl Context {
             cache: cache::folder(options.cache)?,
             distfiles: options.distfiles.map(existing).transpose()?,
             qemu_src: options.qemu_src.map(existing).transpose()?,
+            in_place: options.in_place,
             jobs: std::thread::available_parallelism().map_or(2, usize::from),
             logs,
         })

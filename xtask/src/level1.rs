@@ -72,6 +72,8 @@ pub(crate) struct Task {
     pub(crate) log: Option<String>,
     /// Level 1 has an IOMMU, and behind it a device for its guests.
     pub(crate) iommu: bool,
+    /// Whether level 1's kernel converts memory in place; nothing: as the user says.
+    pub(crate) in_place: Option<bool>,
 }
 
 /// Memory for a level 1 in which guests of `size` bytes run.
@@ -208,7 +210,13 @@ impl Lab {
             .args(["-L", &self.firmware.to_string_lossy()])
             .args(["-kernel", &self.kernel.image.to_string_lossy()])
             .args(["-initrd", &self.image.to_string_lossy()])
-            .args(["-append", &kernel_command_line(task.count_instructions)])
+            .args([
+                "-append",
+                &kernel_command_line(
+                    task.count_instructions,
+                    task.in_place.unwrap_or(ctx.in_place),
+                ),
+            ])
             // The kernel speaks on the serial port, the job on the virtio console.
             .args([
                 "-serial",
@@ -241,14 +249,16 @@ impl Lab {
 ///
 /// Huge pages only where they are asked for: otherwise the first touch of a thread's stack shows in
 /// a process's memory as 2 MiB, and tests could not see a small leak.
-fn kernel_command_line(count_instructions: bool) -> String {
+fn kernel_command_line(count_instructions: bool, in_place: bool) -> String {
     let khz = match count_instructions {
         // An instruction takes a nanosecond.
         true => 1_000_000,
         false => tsc::khz(),
     };
+    let in_place = u8::from(in_place);
     format!(
-        "console=ttyS0 loglevel=5 panic=-1 tsc_early_khz={khz} tsc=reliable no_timer_check transparent_hugepage=madvise"
+        "console=ttyS0 loglevel=5 panic=-1 tsc_early_khz={khz} tsc=reliable no_timer_check \
+         transparent_hugepage=madvise kvm.gmem_in_place_conversion={in_place}"
     )
 }
 
@@ -346,6 +356,17 @@ mod tests {
         let script = format!("printf '%s|' {}", quote(words));
         let printed = crate::process::output(command("sh", ["-c", &script])).expect("a shell");
         assert_eq!(printed, "a b|it's|$x||");
+    }
+
+    #[test]
+    fn the_kernel_is_told_how_to_convert() {
+        for (in_place, word) in [
+            (true, "kvm.gmem_in_place_conversion=1"),
+            (false, "kvm.gmem_in_place_conversion=0"),
+        ] {
+            let line = kernel_command_line(true, in_place);
+            assert!(line.split(' ').any(|w| w == word), "{line}");
+        }
     }
 
     #[test]
