@@ -21,11 +21,21 @@ const LINES: u64 = 2200;
 /// How many kernels are kept.
 const KEEP: usize = 3;
 
+/// Where the source has tests of KVM, and those that are built with the kernel.
+const SELFTESTS: &str = "tools/testing/selftests/kvm";
+const SELFTEST_PROGRAMS: [&str; 3] = [
+    "guest_memfd_test",
+    "x86/private_mem_conversions_test",
+    "x86/private_mem_kvm_exits_test",
+];
+
 /// A kernel that is ready to boot.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     pub(crate) image: PathBuf,
     pub(crate) version: &'static str,
+    /// Its own tests of KVM.
+    pub(crate) selftests: Vec<PathBuf>,
 }
 
 /// Builds what is not built yet.
@@ -53,6 +63,7 @@ fn built(ctx: &Context) -> Result<Option<Kernel>> {
             return Ok(Some(Kernel {
                 image: result.join("bzImage"),
                 version: release.version,
+                selftests: SELFTEST_PROGRAMS.map(|name| selftest(&result, name)).into(),
             }));
         }
     }
@@ -60,15 +71,15 @@ fn built(ctx: &Context) -> Result<Option<Kernel>> {
 }
 
 /// The folder with what a release needs of its own: patches, and options that others do not have.
-fn folder(ctx: &Context, release: &Release) -> PathBuf {
+fn folder(root: &Path, release: &Release) -> PathBuf {
     let minor = release.version.rsplit_once('.');
     let minor = minor.map_or(release.version, |(minor, _)| minor);
-    ctx.root.join("lab/patches").join(minor)
+    root.join("lab/patches").join(minor)
 }
 
 /// Files with options, of which later ones come after earlier ones.
 fn fragments(ctx: &Context, release: &Release) -> Vec<PathBuf> {
-    let own = folder(ctx, release).join("config");
+    let own = folder(&ctx.root, release).join("config");
     let all = ctx.root.join("lab/kernel.config");
     [Some(all), own.exists().then_some(own)]
         .into_iter()
@@ -77,11 +88,11 @@ fn fragments(ctx: &Context, release: &Release) -> Vec<PathBuf> {
 }
 
 fn patches(ctx: &Context, release: &Release) -> Result<Vec<PathBuf>> {
-    series(&folder(ctx, release))
+    series(&folder(&ctx.root, release))
 }
 
 fn result(ctx: &Context, release: &Release) -> Result<PathBuf> {
-    let mut key = release.key();
+    let mut key = release.key().add("selftests", SELFTEST_PROGRAMS.join(" "));
     for file in fragments(ctx, release)
         .iter()
         .chain(&patches(ctx, release)?)
@@ -116,8 +127,34 @@ fn make(ctx: &Context, step: &Step, obtained: &Obtained, result: &Path) -> Resul
     fs::copy(source.join("arch/x86/boot/bzImage"), result.join("bzImage"))
         .context("Linux's build left no bzImage")?;
     fs::copy(source.join(".config"), result.join("config"))?;
+    step.say("compiling its tests");
+    make_selftests(ctx, &source, result)?;
     step.say("clearing away");
     cache::remove(&source)
+}
+
+/// Static programs, which need nothing of level 1's.
+fn make_selftests(ctx: &Context, source: &Path, result: &Path) -> Result<()> {
+    let log = ctx.log("kernel-selftests");
+    Job::new("Linux's headers", make_command(source, &["headers"]))
+        .log(&log)
+        .run()?;
+    let folder = source.join(SELFTESTS);
+    let mut make = make_command(&folder, &["-j", &ctx.jobs.to_string(), "LDLIBS=-static"]);
+    // Libraries of other tests.
+    make.args(["LIBVFIO_O=", "LIBCGROUP_O="]);
+    make.arg(format!("OUTPUT={}", folder.display()));
+    make.args(SELFTEST_PROGRAMS.map(|name| folder.join(name)));
+    Job::new("compiling Linux's tests", make).log(&log).run()?;
+    for name in SELFTEST_PROGRAMS {
+        fs::copy(folder.join(name), selftest(result, name))
+            .with_context(|| format!("Linux's build left no {name}"))?;
+    }
+    Ok(())
+}
+
+fn selftest(result: &Path, name: &str) -> PathBuf {
+    result.join(cache::file_name(Path::new(name)))
 }
 
 /// Unpacks an archive of the source, or a binary package that has one in it.
@@ -192,6 +229,18 @@ fn missing_options<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_release_has_patches() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for release in fetch::LINUX {
+            let patches = series(&folder(&root, release)).expect("a series");
+            assert!(!patches.is_empty(), "{}", release.version);
+            for patch in patches {
+                assert!(patch.exists(), "{}", patch.display());
+            }
+        }
+    }
 
     #[test]
     fn an_option_that_did_not_take_is_named() {

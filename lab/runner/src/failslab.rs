@@ -3,7 +3,7 @@
 //! needs to set memory attributes.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -11,8 +11,8 @@ use crate::setting::write;
 
 const CONTROLS: &str = "/sys/kernel/debug/failslab";
 
-/// Attributes are kept in nodes of this cache.
-const CACHE: &str = "/sys/kernel/slab/radix_tree_node/failslab";
+/// Attributes of a VM are kept in nodes of this cache.
+const CACHE: &str = "radix_tree_node";
 
 /// The ioctls of a VM, attributes among them. Other users of the cache are let alone.
 const FUNCTION: &str = "kvm_vm_ioctl";
@@ -20,14 +20,21 @@ const FUNCTION: &str = "kvm_vm_ioctl";
 /// Allocations fail while this lives.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Failures(());
+pub(crate) struct Failures(PathBuf);
 
 impl Failures {
-    /// Lets so many of a hundred allocations fail. The kernel tries twice for each node.
+    /// Lets so many of a hundred allocations for a VM's attributes fail. The kernel tries twice for
+    /// each node.
     pub(crate) fn on(percent: u32) -> Result<Self> {
-        let (start, end) = function(&fs::read_to_string("/proc/kallsyms")?)?;
-        write(Path::new(CACHE), "1")?;
-        let failures = Self(());
+        Self::of(CACHE, FUNCTION, percent)
+    }
+
+    /// The same for another cache, and a function for which it allocates.
+    pub(crate) fn of(cache: &str, name: &str, percent: u32) -> Result<Self> {
+        let (start, end) = function(&fs::read_to_string("/proc/kallsyms")?, name)?;
+        let cache = switch(cache);
+        write(&cache, "1")?;
+        let failures = Self(cache);
         for (control, value) in [
             ("cache-filter", "Y"),
             ("ignore-gfp-wait", "N"),
@@ -45,8 +52,8 @@ impl Failures {
 
 impl Drop for Failures {
     fn drop(&mut self) {
-        let off = write(&Path::new(CONTROLS).join("probability"), "0")
-            .and_then(|()| write(Path::new(CACHE), "0"));
+        let off =
+            write(&Path::new(CONTROLS).join("probability"), "0").and_then(|()| write(&self.0, "0"));
         if let Err(why) = off {
             eprintln!("allocations go on failing: {why:#}");
         }
@@ -55,20 +62,29 @@ impl Drop for Failures {
 
 /// Why this kernel cannot do it; nothing if it can.
 pub(crate) fn lacking() -> Option<String> {
-    [CONTROLS, CACHE]
+    let lacks = |path: &PathBuf| !path.exists();
+    let lacking = [PathBuf::from(CONTROLS), switch(CACHE)]
         .into_iter()
-        .find(|path| !Path::new(path).exists())
-        .map(|path| format!("the kernel has no {path} (CONFIG_FAILSLAB, debugfs; lab kernel)"))
+        .find(lacks);
+    let path = lacking?.display().to_string();
+    Some(format!(
+        "the kernel has no {path} (CONFIG_FAILSLAB, debugfs; lab kernel)"
+    ))
+}
+
+/// The file that says whether allocations from a cache may fail.
+fn switch(cache: &str) -> PathBuf {
+    Path::new("/sys/kernel/slab").join(cache).join("failslab")
 }
 
 /// Where the function begins, and where the next one does.
-fn function(symbols: &str) -> Result<(u64, u64)> {
+fn function(symbols: &str, name: &str) -> Result<(u64, u64)> {
     let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
-    let named = |line: &&str| line.split_whitespace().nth(2) == Some(FUNCTION);
+    let named = |line: &&str| line.split_whitespace().nth(2) == Some(name);
     let start = symbols.lines().find(named).and_then(address);
     let start = start
         .filter(|&start| start > 0)
-        .with_context(|| format!("/proc/kallsyms does not say where {FUNCTION} is: run as root"))?;
+        .with_context(|| format!("/proc/kallsyms does not say where {name} is: run as root"))?;
     let end = symbols.lines().filter_map(address).filter(|&a| a > start);
     let end = end.min().context("nothing comes after the function")?;
     Ok((start, end))
@@ -82,8 +98,8 @@ mod tests {
     fn a_function_ends_where_the_next_begins() {
         let symbols = "ffffffff81000300 T next\nffffffff81000100 t kvm_vm_ioctl\n\
                        ffffffff81000500 T kvm_vm_ioctl_more\nffffffffc0000000 t x\t[module]\n";
-        let found = function(symbols).unwrap();
+        let found = function(symbols, FUNCTION).unwrap();
         assert_eq!(found, (0xffff_ffff_8100_0100, 0xffff_ffff_8100_0300));
-        assert!(function("0000000000000000 t kvm_vm_ioctl\n").is_err());
+        assert!(function("0000000000000000 t kvm_vm_ioctl\n", FUNCTION).is_err());
     }
 }

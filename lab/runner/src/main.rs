@@ -7,6 +7,7 @@ mod boot;
 mod cgroup;
 mod failslab;
 mod guest;
+mod kernel;
 mod linux;
 mod marks;
 mod memory;
@@ -40,6 +41,8 @@ enum Command {
     Boot(boot::Options),
     /// Run all tests that need a QEMU
     Test(tests::Options),
+    /// Test what the kernel's guest_memfd answers, which needs no QEMU
+    Kernel(kernel::Options),
     /// Run one guest that measures
     Bench(bench::Options),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Probe => probe(),
         Command::Boot(options) => boot::boot(&options),
         Command::Test(options) => tests::run(&options),
+        Command::Kernel(options) => kernel::run(&options),
         Command::Bench(options) => bench::bench(&options),
     };
     if good {

@@ -5,6 +5,7 @@ mod avocado;
 mod patches;
 mod report;
 mod steps;
+mod uapi;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -96,6 +97,12 @@ const STEPS: &[TestStep] = &[
         steps::qemu,
     ),
     step("kernel", "the lab's kernel builds", steps::kernel),
+    step(
+        "uapi",
+        "the lab's kernel answers as it should, converting in place and not",
+        uapi::test,
+    )
+    .named(),
     step(
         "patches",
         "each patch is listed, applies, and passes checkpatch",
@@ -251,7 +258,7 @@ mod tests {
         assert_eq!(names(&options(&["qtest", "c"], &[], false)), ["c", "qtest"]);
         assert_eq!(
             names(&options(&[], &["x", "y"], false)),
-            ["unit", "machine", "lab"]
+            ["unit", "uapi", "machine", "lab"]
         );
     }
 }

@@ -47,6 +47,10 @@ impl<'a> Bench<'a> {
         }
     }
 
+    pub(super) fn filter(&self) -> &[String] {
+        &self.filter
+    }
+
     fn qemu(&self, step: &Step) -> Result<Qemu> {
         once(&self.qemu, || qemu_build::build(self.ctx, step))
     }
