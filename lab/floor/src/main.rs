@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The cheapest possible user of private memory in KVM, as a measure for others: a software-protected
 //! VM that converts with two system calls, the attribute and the hole, in the order that
-//! safety asks for. It keeps no state, knows no devices but a serial port, and runs the conformance
-//! guest with `bench=`.
+//! safety asks for, or in place with one. It keeps no state, knows no devices but a serial port, and
+//! runs the conformance guest with `bench=`.
 
 mod memory;
 mod vm;
@@ -37,6 +37,9 @@ struct Options {
     /// Have KVM map the pages of a request as soon as they are converted
     #[arg(long)]
     prefault: bool,
+    /// One file for both views, which KVM converts in place
+    #[arg(long)]
+    in_place: bool,
 }
 
 fn main() -> ExitCode {

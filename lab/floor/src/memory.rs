@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The guest's memory: a memfd for shared pages, a guest_memfd for private ones, and conversions
-//! between them.
+//! between them; or one guest_memfd for both, in which they are converted in place.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
 
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{
@@ -12,9 +13,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    MemoryRegionAddress,
+    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::Options;
@@ -28,8 +31,30 @@ const FOUR_GIB: u64 = 4 << 30;
 pub(crate) struct Window {
     pub(crate) gpa: u64,
     pub(crate) size: u64,
-    /// Where it begins in both files.
+    /// Where it begins in each file.
     offset: u64,
+}
+
+/// GUEST_MEMFD_FLAG_MMAP and GUEST_MEMFD_FLAG_INIT_SHARED.
+const MAPPED_AND_SHARED: u64 = 3;
+
+/// `struct kvm_memory_attributes2` of Linux 7.4.
+#[repr(C)]
+#[derive(Default)]
+struct Attributes2 {
+    offset: u64,
+    size: u64,
+    attributes: u64,
+    flags: u64,
+    error_offset: u64,
+    reserved: [u64; 11],
+}
+
+/// What memory is made of.
+#[derive(Debug)]
+enum Files {
+    Two { shared: OwnedFd, private: OwnedFd },
+    InPlace(OwnedFd),
 }
 
 /// See the module.
@@ -37,8 +62,7 @@ pub(crate) struct Window {
 pub(crate) struct Memory {
     pub(crate) shared_view: GuestMemoryMmap,
     pub(crate) windows: Vec<Window>,
-    shared: OwnedFd,
-    private: OwnedFd,
+    files: Files,
     shared_bit: Option<u32>,
 }
 
@@ -66,32 +90,14 @@ impl Memory {
                 }
             })
             .collect();
-        let shared = memfd_create("floor", MemfdFlags::CLOEXEC).context("memfd_create")?;
-        ftruncate(&shared, low + high)?;
-        let raw = vm
-            .create_guest_memfd(kvm_create_guest_memfd {
-                size: low + high,
-                ..Default::default()
-            })
-            .context("KVM_CREATE_GUEST_MEMFD")?;
-        // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
-        let private = unsafe { OwnedFd::from_raw_fd(raw) };
-        let ranges = windows
-            .iter()
-            .map(|window| -> Result<_> {
-                let file = FileOffset::new(File::from(shared.try_clone()?), window.offset);
-                Ok((
-                    GuestAddress(window.gpa),
-                    usize::try_from(window.size)?,
-                    Some(file),
-                ))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let (files, shared_view) = match options.in_place {
+            true => in_place(vm, low + high, &windows)?,
+            false => two_files(vm, low + high, &windows)?,
+        };
         let memory = Self {
-            shared_view: GuestMemoryMmap::from_ranges_with_files(ranges)?,
+            shared_view,
             windows,
-            shared,
-            private,
+            files,
             shared_bit: options.shared_bit,
         };
         memory.add_slots(vm)?;
@@ -109,7 +115,7 @@ impl Memory {
                 memory_size: window.size,
                 userspace_addr: host as u64,
                 guest_memfd_offset: window.offset,
-                guest_memfd: u32::try_from(self.private.as_raw_fd())?,
+                guest_memfd: u32::try_from(self.guest_memfd().as_raw_fd())?,
                 ..Default::default()
             };
             let unbound = self.shared_bit.map(|bit| kvm_userspace_memory_region2 {
@@ -130,13 +136,19 @@ impl Memory {
         Ok(())
     }
 
+    fn guest_memfd(&self) -> &OwnedFd {
+        match &self.files {
+            Files::Two { private, .. } | Files::InPlace(private) => private,
+        }
+    }
+
     /// Takes the shared bit away.
     pub(crate) fn without_shared_bit(&self, gpa: u64) -> u64 {
         gpa & !self.shared_bit.map_or(0, |bit| 1 << bit)
     }
 
-    /// Moves pages to one view and frees them in the other. First nobody may reach the old view any
-    /// more, then it is freed.
+    /// Moves pages to one view. With two files, first nobody may reach the old view any more, then it
+    /// is freed.
     pub(crate) fn convert(&self, vm: &VmFd, gpa: u64, pages: u64, private: bool) -> Result<()> {
         let size = pages.checked_mul(PAGE).context("too many pages")?;
         let end = gpa.checked_add(size).context("a range that wraps")?;
@@ -151,6 +163,11 @@ impl Memory {
         } else {
             0
         };
+        let offset = gpa - window.gpa + window.offset;
+        let (shared, private_file) = match &self.files {
+            Files::Two { shared, private } => (shared, private),
+            Files::InPlace(file) => return convert_in_place(file, offset, size, attributes),
+        };
         let alias = self.shared_bit.map(|bit| gpa | 1 << bit);
         for address in [Some(gpa), alias].into_iter().flatten() {
             vm.set_memory_attributes(kvm_memory_attributes {
@@ -161,8 +178,76 @@ impl Memory {
             })
             .context("KVM_SET_MEMORY_ATTRIBUTES")?;
         }
-        let left = if private { &self.shared } else { &self.private };
+        let left = if private { shared } else { private_file };
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(left, hole, gpa - window.gpa + window.offset, size).context("fallocate")
+        fallocate(left, hole, offset, size).context("fallocate")
     }
+}
+
+fn guest_memfd(vm: &VmFd, size: u64, flags: u64) -> Result<OwnedFd> {
+    let raw = vm
+        .create_guest_memfd(kvm_create_guest_memfd {
+            size,
+            flags,
+            ..Default::default()
+        })
+        .context("KVM_CREATE_GUEST_MEMFD")?;
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+fn two_files(vm: &VmFd, size: u64, windows: &[Window]) -> Result<(Files, GuestMemoryMmap)> {
+    let shared = memfd_create("floor", MemfdFlags::CLOEXEC).context("memfd_create")?;
+    ftruncate(&shared, size)?;
+    let private = guest_memfd(vm, size, 0)?;
+    let ranges = windows
+        .iter()
+        .map(|window| -> Result<_> {
+            let file = FileOffset::new(File::from(shared.try_clone()?), window.offset);
+            Ok((
+                GuestAddress(window.gpa),
+                usize::try_from(window.size)?,
+                Some(file),
+            ))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let view = GuestMemoryMmap::from_ranges_with_files(ranges)?;
+    Ok((Files::Two { shared, private }, view))
+}
+
+/// vm-memory would look for the end of the file, which a guest_memfd does not tell.
+fn in_place(vm: &VmFd, size: u64, windows: &[Window]) -> Result<(Files, GuestMemoryMmap)> {
+    let file = guest_memfd(vm, size, MAPPED_AND_SHARED)?;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let regions = windows
+        .iter()
+        .map(|window| -> Result<_> {
+            let size = usize::try_from(window.size)?;
+            let (none, flags) = (ptr::null_mut(), MapFlags::SHARED);
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            let start = unsafe { mmap(none, size, access, flags, &file, window.offset) }?;
+            let (access, flags) = (access.bits().cast_signed(), flags.bits().cast_signed());
+            // SAFETY: it is mapped like that, as long as this process lives.
+            let region = unsafe { MmapRegion::build_raw(start.cast(), size, access, flags) }?;
+            GuestRegionMmap::new(region, GuestAddress(window.gpa)).context("a region that wraps")
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let view = GuestMemoryMmap::from_regions(regions)?;
+    Ok((Files::InPlace(file), view))
+}
+
+fn convert_in_place(file: &OwnedFd, offset: u64, size: u64, attributes: u64) -> Result<()> {
+    const OPCODE: Opcode = opcode::read_write::<Attributes2>(0xae, 0xd2);
+    let mut attributes = Attributes2 {
+        offset,
+        size,
+        attributes,
+        ..Default::default()
+    };
+    // SAFETY: the request reads and writes one such structure and keeps nothing of it.
+    let answer = unsafe { ioctl(file, Updater::<OPCODE, _>::new(&mut attributes)) };
+    answer.with_context(|| {
+        let at = attributes.error_offset;
+        format!("KVM_SET_MEMORY_ATTRIBUTES2, at {at:#x}")
+    })
 }

@@ -54,6 +54,8 @@ enum Subject {
     Upstream,
     /// The attribute and the hole, and nothing else
     Floor,
+    /// The attribute of the file, and nothing else
+    FloorInPlace,
 }
 
 /// What is measured.
@@ -232,7 +234,7 @@ fn guest(options: &Options, group: Option<&Group>) -> Result<Taken> {
 
 fn command(options: &Options) -> Result<Command> {
     match options.subject {
-        Subject::Floor => floor(options),
+        Subject::Floor | Subject::FloorInPlace => floor(options),
         Subject::Ours => {
             let mut backend = format!("{BACKEND},id=ram0,size={}", options.size.0);
             for property in &options.with {
@@ -267,6 +269,9 @@ fn floor(options: &Options) -> Result<Command> {
     command.args(["--cpus", &options.cpus.to_string()]);
     command.args(["--low", &low.to_string(), "--high", &high.to_string()]);
     command.args(options.with.iter().map(|word| format!("--{word}")));
+    if options.subject == Subject::FloorInPlace {
+        command.arg("--in-place");
+    }
     Ok(command)
 }
 

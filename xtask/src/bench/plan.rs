@@ -17,9 +17,11 @@ const LARGE_SIZE: u64 = 1280 * MIB;
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
 
 /// Who is measured, and how it is set up. `report.json` calls the second part the variant.
-pub(crate) const SUBJECTS: [(&str, &str); 10] = [
+pub(crate) const SUBJECTS: [(&str, &str); 12] = [
     ("floor", ""),
     ("floor", "prefault"),
+    (IN_PLACE, ""),
+    (IN_PLACE, "prefault"),
     ("upstream", ""),
     ("ours", "discard=now"),
     ("ours", "discard=keep"),
@@ -29,6 +31,9 @@ pub(crate) const SUBJECTS: [(&str, &str); 10] = [
     ("ours", "mode=mapped,bind=on"),
     ("ours", LIBRARY),
 ];
+
+/// The subject whose memory is converted in place.
+const IN_PLACE: &str = "floor-in-place";
 
 /// The variant that is the library alone, without QEMU and without a guest.
 const LIBRARY: &str = "library";
@@ -87,7 +92,8 @@ pub(crate) fn native(private_memory: bool) -> Vec<Measurement> {
         false => &["prealloc"],
     };
     let all = benches.iter().flat_map(|bench| of(bench, SIZE));
-    all.filter(Measurement::makes_sense).collect()
+    all.filter(|one| one.makes_sense() && !one.in_place())
+        .collect()
 }
 
 /// Those whose name contains one of the texts; all if there are none.
@@ -153,6 +159,11 @@ impl Measurement {
     /// Is it measured in VMs without private memory?
     pub(crate) fn ordinary(&self) -> bool {
         matches!(self.bench, "prealloc" | "touch" | "ordinary-disk")
+    }
+
+    /// Does it need a kernel that converts in place?
+    pub(crate) fn in_place(&self) -> bool {
+        self.subject == IN_PLACE
     }
 
     /// Is it what CI looks at?
