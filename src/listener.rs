@@ -2,9 +2,10 @@
 
 //! What the library asks of, and tells, the program that uses it.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread;
 
 use rustix::io::Errno;
@@ -53,8 +54,10 @@ pub struct Stray {
 /// Where `begin` answers yes, a private touch therefore decides its own page alone, whatever lazy
 /// attributes say.
 ///
-/// A panic in any of them leaves the library usable: pages go back to the state that they had, and
-/// their attributes are set again before they move the next time.
+/// A panic in any of them leaves the library usable. The step that it comes in changes no page, and
+/// takes back what it has told of other pages; a panic in `end` or `log` comes after the step. Of the
+/// pages that a function panics at the library has told nothing, as far as it is concerned. `stray`
+/// and what a guard logs are the exception: their panics end there, and the guard goes on.
 pub trait Listener: Send + Sync {
     /// A step begins. Are `map` and `unmap` to be called in it?
     fn begin(&self) -> bool {
@@ -134,15 +137,52 @@ pub trait Listener: Send + Sync {
 }
 
 thread_local! {
-    /// The VM whose step this thread is in, if any.
-    static STEP_OF: Cell<Option<VmId>> = const { Cell::new(None) };
+    /// The VM that this thread is in a step or a callback of, if any.
+    static INSIDE: Cell<Option<VmId>> = const { Cell::new(None) };
 }
 
-/// An error if this thread is in a step of the same VM: a listener calls back.
+/// This thread is in a step or a callback of a VM as long as this lives.
+struct Inside {
+    /// What it was in before: a listener may use another VM.
+    outer: Option<VmId>,
+}
+
+impl Inside {
+    fn enter(vm: VmId) -> Self {
+        Self {
+            outer: INSIDE.replace(Some(vm)),
+        }
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        INSIDE.set(self.outer);
+    }
+}
+
+/// An error if this thread is in a step or a callback of the same VM: a listener calls back.
 pub(crate) fn check_no_callback(vm: VmId) -> Result<()> {
-    match STEP_OF.get() {
-        Some(in_step) if in_step == vm => Err(Error::InCallback),
+    match INSIDE.get() {
+        Some(inside) if inside == vm => Err(Error::InCallback),
         _ => Ok(()),
+    }
+}
+
+/// The listener of a VM, which may not call back while it is called.
+pub(crate) struct Caller {
+    listener: Box<dyn Listener>,
+    vm: VmId,
+}
+
+impl Caller {
+    pub(crate) fn new(listener: Box<dyn Listener>, vm: VmId) -> Self {
+        Self { listener, vm }
+    }
+
+    pub(crate) fn call<T>(&self, function: impl FnOnce(&dyn Listener) -> T) -> T {
+        let _inside = Inside::enter(self.vm);
+        function(self.listener.as_ref())
     }
 }
 
@@ -150,18 +190,18 @@ pub(crate) fn check_no_callback(vm: VmId) -> Result<()> {
 pub(crate) struct Notifier<'a> {
     listener: &'a dyn Listener,
     listening: bool,
-    /// What this thread was in before: a listener may use another VM.
-    outer: Option<VmId>,
+    /// Until `end` has returned, or panicked.
+    _inside: Inside,
 }
 
 impl<'a> Notifier<'a> {
-    pub(crate) fn begin(listener: &'a dyn Listener, vm: VmId) -> Result<Self> {
-        check_no_callback(vm)?;
-        let outer = STEP_OF.replace(Some(vm));
+    pub(crate) fn begin(caller: &'a Caller) -> Result<Self> {
+        check_no_callback(caller.vm)?;
+        let listener = caller.listener.as_ref();
         let mut notifier = Self {
             listener,
             listening: false,
-            outer,
+            _inside: Inside::enter(caller.vm),
         };
         // If this panics, the step is over, and `end` is called all the same.
         notifier.listening = listener.begin();
@@ -195,23 +235,35 @@ impl<'a> Notifier<'a> {
 
 impl Drop for Notifier<'_> {
     fn drop(&mut self) {
-        let end = || self.listener.end(self.listening);
-        if thread::panicking() {
-            // A second panic would abort the program.
-            let _ = catch_unwind(AssertUnwindSafe(end));
-            STEP_OF.set(self.outer);
-            return;
-        }
-        let _left = Left(self.outer);
-        end();
+        // A second panic would abort the program.
+        let mut panics = Panics::default();
+        panics.hold(|| self.listener.end(self.listening));
     }
 }
 
-/// Dropped when `end` has returned, or panicked.
-struct Left(Option<VmId>);
+/// Panics of a listener while the library does what has to be done all the same. The first goes on
+/// when this is dropped, unless there is one already.
+#[derive(Default)]
+pub(crate) struct Panics(Option<Box<dyn Any + Send>>);
 
-impl Drop for Left {
+impl Panics {
+    /// Calls a listener. `None` if it panics.
+    pub(crate) fn hold<T>(&mut self, call: impl FnOnce() -> T) -> Option<T> {
+        match catch_unwind(AssertUnwindSafe(call)) {
+            Ok(answer) => Some(answer),
+            Err(panic) => {
+                self.0.get_or_insert(panic);
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Panics {
     fn drop(&mut self) {
-        STEP_OF.set(self.0);
+        match self.0.take() {
+            Some(panic) if !thread::panicking() => resume_unwind(panic),
+            _ => {}
+        }
     }
 }

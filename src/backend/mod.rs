@@ -118,6 +118,11 @@ impl Backend {
         self.mode.has_private_pages() || self.config.bind
     }
 
+    /// Is the view that a page leaves freed in the conversion? In place nothing is left behind.
+    pub(crate) fn frees_left_view(&self) -> bool {
+        self.mode == Mode::Private && self.config.discard == Discard::Now
+    }
+
     /// Its files. Another owner's VM gets new ones.
     pub fn views(&self) -> Arc<Views> {
         self.views.lock().clone()

@@ -42,6 +42,22 @@ pub(crate) enum Waited {
     Interrupted,
 }
 
+/// A thread that waits, counted as long as this lives: whoever is asked meanwhile may panic.
+struct Waiting<'a>(&'a AtomicU32);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
 /// The pins of a backend.
 #[derive(Debug)]
 pub(crate) struct Pins {
@@ -247,26 +263,24 @@ impl Pins {
         deadline: Instant,
         interrupted: impl Fn() -> bool,
     ) -> Waited {
-        self.waiting.fetch_add(1, SeqCst);
-        let mut lock = self.lock.lock();
-        let waited = loop {
-            // First, or pins that come and go could hold up a thread for ever.
+        let _waiting = Waiting::new(&self.waiting);
+        loop {
+            // First, or pins that come and go could hold up a thread for ever. Without the lock:
+            // whoever is asked may let go of pins.
             if interrupted() {
-                break Waited::Interrupted;
+                return Waited::Interrupted;
             }
+            let mut lock = self.lock.lock();
             // Before the clock: what is free at the deadline has been waited for.
             if self.first_in(pages).is_none() {
-                break Waited::Unpinned;
+                return Waited::Unpinned;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                break Waited::TimedOut;
+                return Waited::TimedOut;
             }
             self.unpinned.wait_for(&mut lock, left.min(ASK_INTERVAL));
-        };
-        drop(lock);
-        self.waiting.fetch_sub(1, SeqCst);
-        waited
+        }
     }
 
     fn counters(&self, pages: FilePages) -> &[AtomicU32] {

@@ -215,7 +215,7 @@ impl Watch {
     fn give_up(&self, error: &io::Error) {
         let name = &self.backend.config().name;
         let message = format!("the guard of backend '{name}' has ended: {error}");
-        self.vm.listener.log(Level::Error, &message);
+        self.vm.log(Level::Error, &message);
     }
 
     fn state(&self, page: u64) -> PageState {
@@ -246,7 +246,7 @@ impl Watch {
             self.complained = Some(Instant::now());
             let name = &self.backend.config().name;
             let message = format!("cannot fill {page} of backend '{name}': {error}");
-            self.vm.listener.log(Level::Error, &message);
+            self.vm.log(Level::Error, &message);
         }
     }
 
@@ -256,9 +256,10 @@ impl Watch {
         let places = self.vm.windows.read().places(backend, first, View::Shared);
         let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
         self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
+        let stray = Stray { pages, gpa, thread };
         self.vm
             .listener
-            .stray(&self.backend, Stray { pages, gpa, thread });
+            .call(|user| user.stray(&self.backend, stray));
     }
 
     /// Frees what was filled in private pages, once its thread has had its time.

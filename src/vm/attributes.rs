@@ -11,13 +11,19 @@ use crate::views::in_place::Refusal;
 use crate::views::{Mode, Views};
 use crate::vm::Vm;
 use crate::vm::moves::Run;
+use crate::vm::told::Later;
 
 impl Vm {
     /// Sets the attributes of runs at every place they appear at, or of none.
-    pub(super) fn set_attributes(&self, runs: &[Run<'_>], view: View) -> Result<()> {
+    pub(super) fn set_attributes(
+        &self,
+        runs: &[Run<'_>],
+        view: View,
+        later: &mut Later<'_>,
+    ) -> Result<()> {
         for (index, run) in runs.iter().enumerate() {
             if let Err(error) = self.set_attributes_of(run.backend, run.pages, view) {
-                self.set_attributes_back(&runs[..=index], view.other());
+                self.set_attributes_back(&runs[..=index], view.other(), later);
                 return Err(error);
             }
         }
@@ -25,11 +31,11 @@ impl Vm {
     }
 
     /// After a failure. Where this fails too, it is made up for before the pages are converted again.
-    pub(super) fn set_attributes_back(&self, runs: &[Run<'_>], view: View) {
+    pub(super) fn set_attributes_back(&self, runs: &[Run<'_>], view: View, later: &mut Later<'_>) {
         for run in runs {
-            if let Err(later) = self.set_attributes_of(run.backend, run.pages, view) {
+            if let Err(error) = self.set_attributes_of(run.backend, run.pages, view) {
                 run.backend.doubt_attributes(run.pages);
-                self.log_error(&later);
+                later.error(error);
             }
         }
     }

@@ -15,14 +15,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Backend, Discard};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::exclusion::pins::Waited;
-use crate::listener::Notifier;
+use crate::listener::{Notifier, check_no_callback};
 use crate::pages::ranges::{FilePages, GuestPages, SmallList};
 use crate::pages::states::{PageState, View};
 use crate::views::Mode;
 use crate::vm::moves::{Moves, Run};
+use crate::vm::told::{Later, Told};
 use crate::vm::wait::Wait;
 use crate::vm::{STEP_PAGES, Vm};
 use crate::windows::{Part, Window};
@@ -71,6 +72,7 @@ impl Vm {
     }
 
     pub(super) fn convert_with(&self, guest: GuestPages, to: View, decide: Decide) -> Result<u64> {
+        check_no_callback(self.id())?;
         let mut changed = 0;
         let mut rest = guest;
         let mut wait = Wait::default();
@@ -82,7 +84,7 @@ impl Vm {
                     (rest, wait) = (left, Wait::default());
                     // Not before something has moved: whoever asks again gets on, however often it
                     // is interrupted.
-                    if pages > 0 && self.listener.interrupted() {
+                    if pages > 0 && self.is_interrupted() {
                         return Err(Error::Interrupted { guest });
                     }
                 }
@@ -122,6 +124,7 @@ impl Vm {
         for (backend, pages) in touched {
             self.repair_attributes(backend, pages)?;
         }
+        let mut later = Later::new(self);
         let mut moves = Moves::new();
         let left = mark(&mut moves, &windows, to, request).or(left);
         if moves.is_empty() {
@@ -131,12 +134,12 @@ impl Vm {
         if let Some((backend, pages)) = &around {
             moves.mark_neighbours(backend, *pages);
         }
-        let warnings = match to {
+        match to {
             View::Private => {
                 if let Some(Run { backend, pages }) = drain_pins(&moves) {
                     return Ok(Step::Pinned(backend.clone(), pages));
                 }
-                match self.to_private(&mut moves, &notifier) {
+                match self.to_private(&mut moves, &notifier, &mut later) {
                     Err(error @ Error::Held { .. }) => {
                         let (backend, _) = &windows[0];
                         return Ok(Step::Held(backend.clone(), error));
@@ -144,14 +147,11 @@ impl Vm {
                     moved => moved?,
                 }
             }
-            View::Shared => self.to_shared(&mut moves, &notifier)?,
-        };
+            View::Shared => self.to_shared(&mut moves, &notifier, &mut later)?,
+        }
         let pages = moves.pages();
         moves.count(to);
         moves.finish(|_| to.into());
-        for warning in &warnings {
-            self.log_warning(warning);
-        }
         Ok(Step::Done(pages, left))
     }
 
@@ -169,11 +169,7 @@ impl Vm {
         let mut windows = SmallList::new();
         for part in parts {
             match *part {
-                Part::Gap(guest) => self.listener.gap(guest, to).map_err(|source| Error::Gap {
-                    guest,
-                    to,
-                    source,
-                })?,
+                Part::Gap(guest) => self.ask_for_gap(guest, to)?,
                 Part::Window(window) => {
                     // A backend outlives its windows.
                     let Some(backend) = self.backend(window.backend) else {
@@ -187,6 +183,11 @@ impl Vm {
             }
         }
         Ok(windows)
+    }
+
+    fn ask_for_gap(&self, guest: GuestPages, to: View) -> Result<()> {
+        let answer = self.listener.call(|user| user.gap(guest, to));
+        answer.map_err(|source| Error::Gap { guest, to, source })
     }
 
     /// Can pages of this window be private?
@@ -210,42 +211,47 @@ impl Vm {
         Ok(())
     }
 
-    /// Returns what could not be punched.
-    fn to_private(&self, moves: &mut Moves<'_>, notifier: &Notifier<'_>) -> Result<Vec<Error>> {
+    pub(super) fn to_private(
+        &self,
+        moves: &mut Moves<'_>,
+        notifier: &Notifier<'_>,
+        later: &mut Later<'_>,
+    ) -> Result<()> {
         let runs = moves.all_runs();
         for run in &runs {
             run.backend.punch_owed(run.pages, View::Private)?;
         }
-        unmap(&runs, notifier);
+        let told = Told::unmap(notifier, &runs);
         moves.attributes_change();
-        if let Err(error) = self.set_attributes(&runs, View::Private) {
+        if let Err(error) = self.set_attributes(&runs, View::Private, later) {
             moves.attributes_are_back();
             // The guest may have used the private view before it was taken back.
-            let warnings = free_left_view(&runs, View::Private);
-            self.map_again(&runs, notifier);
-            warnings
-                .iter()
-                .for_each(|warning| self.log_warning(warning));
+            free_left_view(&runs, View::Private, later);
+            told.take_back()
+                .into_iter()
+                .for_each(|lost| later.error(lost));
             return Err(error);
         }
         if moves.have_neighbours() {
-            self.give_used_back(moves);
+            self.give_used_back(moves, later);
         }
+        told.keep();
         // The neighbours are holes in the shared view.
-        Ok(free_left_view(&moves.runs(|_| true), View::Shared))
+        free_left_view(&moves.runs(|_| true), View::Shared, later);
+        Ok(())
     }
 
     /// Neighbours that have data in the shared view by now are in use there: they become shared
     /// again. They had none before the attribute was set, so their guest uses one page both ways at
     /// once. The attribute is set already, so nobody can begin to use one unseen. There are no
     /// neighbours if there is a listener, who would have to be told.
-    fn give_used_back(&self, moves: &mut Moves) {
+    fn give_used_back(&self, moves: &mut Moves, later: &mut Later<'_>) {
         let mut used = Vec::new();
         for run in moves.neighbours() {
             let backend = run.backend;
             let data = backend.data_within(run.pages, View::Shared);
             let data = data.unwrap_or_else(|error| {
-                self.log_error(&error);
+                later.error(error);
                 vec![run.pages]
             });
             used.extend(data.into_iter().map(|pages| Run { backend, pages }));
@@ -253,48 +259,31 @@ impl Vm {
         if used.is_empty() {
             return;
         }
-        self.set_attributes_back(&used, View::Shared);
+        self.set_attributes_back(&used, View::Shared, later);
         // The guest may have used the private view meanwhile.
-        let warnings = free_left_view(&used, View::Private);
+        free_left_view(&used, View::Private, later);
         moves.unmark(&used, PageState::Shared);
-        warnings
-            .iter()
-            .for_each(|warning| self.log_warning(warning));
     }
 
-    /// Tells listeners that pages are the host's again, which cannot be helped if they refuse.
-    fn map_again(&self, runs: &[Run<'_>], notifier: &Notifier<'_>) {
-        for run in runs {
-            if let Err(lost) = notifier.map(run.backend, run.pages) {
-                self.log_error(&lost);
-            }
-        }
-    }
-
-    /// Returns what could not be punched.
     pub(super) fn to_shared(
         &self,
         moves: &mut Moves<'_>,
         notifier: &Notifier<'_>,
-    ) -> Result<Vec<Error>> {
+        later: &mut Later<'_>,
+    ) -> Result<()> {
         // Undecided pages are shared already for KVM, and their private view is a hole.
         let runs = moves.runs(|was| was == PageState::Private);
         for run in &runs {
             run.backend.punch_owed(run.pages, View::Shared)?;
         }
-        // Listeners are asked first: when one refuses, the guest has not seen anything yet.
-        let result = self.open_to_host(moves, &runs, notifier);
-        match result {
-            Ok(()) => Ok(free_left_view(&runs, View::Private)),
-            Err(error) => {
-                // Devices may have used the shared view, or the guest, before it was taken back.
-                let warnings = free_left_view(&runs, View::Shared);
-                warnings
-                    .iter()
-                    .for_each(|warning| self.log_warning(warning));
-                Err(error)
-            }
-        }
+        let result = self.open_to_host(moves, &runs, notifier, later);
+        let left = match result {
+            Ok(()) => View::Private,
+            // Devices may have used the shared view, or the guest, before it was taken back.
+            Err(_) => View::Shared,
+        };
+        free_left_view(&runs, left, later);
+        result
     }
 
     /// Lets guest and host use the shared view of runs, or neither of them.
@@ -303,25 +292,33 @@ impl Vm {
         moves: &mut Moves<'_>,
         runs: &[Run<'_>],
         notifier: &Notifier<'_>,
+        later: &mut Later<'_>,
     ) -> Result<()> {
         // In place a listener's mapping would fault before the attribute is clear.
         let is_in_place = |run: &Run<'_>| run.backend.mode() == Mode::InPlace;
         let (after, before): (SmallList<_>, SmallList<_>) =
             runs.iter().copied().partition(is_in_place);
-        map(&before, notifier)?;
+        // Listeners are asked first: when one refuses, the guest has not seen anything yet.
+        let told_before = Told::map(notifier, &before)?;
         moves.attributes_change();
-        if let Err(error) = self.set_attributes(runs, View::Shared) {
+        if let Err(error) = self.set_attributes(runs, View::Shared, later) {
             moves.attributes_are_back();
-            unmap(&before, notifier);
+            told_before.take_back();
             return Err(error);
         }
-        if let Err(error) = map(&after, notifier) {
-            self.set_attributes_back(runs, View::Private);
-            moves.attributes_are_back();
-            unmap(&before, notifier);
-            return Err(error);
+        match Told::map(notifier, &after) {
+            Ok(told_after) => {
+                told_before.keep();
+                told_after.keep();
+                Ok(())
+            }
+            Err(error) => {
+                self.set_attributes_back(runs, View::Private, later);
+                moves.attributes_are_back();
+                told_before.take_back();
+                Err(error)
+            }
         }
-        Ok(())
     }
 }
 
@@ -378,41 +375,20 @@ fn mark<'a>(
     None
 }
 
-/// Tells listeners that runs are no longer the host's.
-fn unmap(runs: &[Run<'_>], notifier: &Notifier<'_>) {
-    for run in runs {
-        notifier.unmap(run.backend, run.pages);
-    }
-}
-
-/// Tells listeners that runs are the host's, or none of them.
-fn map(runs: &[Run<'_>], notifier: &Notifier<'_>) -> Result<()> {
-    for (index, run) in runs.iter().enumerate() {
-        if let Err(error) = notifier.map(run.backend, run.pages) {
-            unmap(&runs[..index], notifier);
-            return Err(error);
-        }
-    }
-    Ok(())
-}
-
 /// Frees the view that pages have left, as the policy says. A hole that cannot be punched now does
-/// not undo a conversion; it is owed. Returns why.
-fn free_left_view(runs: &[Run<'_>], view: View) -> Vec<Error> {
-    let mut warnings = Vec::new();
+/// not undo a conversion; it is owed.
+fn free_left_view(runs: &[Run<'_>], view: View, later: &mut Later<'_>) {
     for run in runs {
-        // In place nothing is left behind.
-        let is_left = run.backend.mode() == Mode::Private;
-        if is_left && run.backend.config().discard == Discard::Now {
-            warnings.extend(punch_or_owe(run.backend, run.pages, view));
+        if run.backend.frees_left_view() {
+            punch_or_owe(run.backend, run.pages, view, later);
         }
     }
-    warnings
 }
 
-/// Punches a hole now, or before the view is exposed again. Returns why not now.
-pub(super) fn punch_or_owe(backend: &Backend, pages: FilePages, view: View) -> Option<Error> {
-    let later = backend.punch(pages, view).err()?;
-    backend.owe_hole(pages, view);
-    Some(later)
+/// Punches a hole now, or before the view is exposed again.
+pub(super) fn punch_or_owe(backend: &Backend, pages: FilePages, view: View, later: &mut Later<'_>) {
+    if let Err(why) = backend.punch(pages, view) {
+        backend.owe_hole(pages, view);
+        later.warn(why);
+    }
 }

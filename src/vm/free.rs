@@ -12,6 +12,7 @@ use crate::pages::states::{PageState, View};
 use crate::views::Mode;
 use crate::vm::convert::punch_or_owe;
 use crate::vm::moves::Moves;
+use crate::vm::told::Later;
 use crate::vm::{STEP_PAGES, Vm};
 
 impl Vm {
@@ -26,6 +27,7 @@ impl Vm {
     /// [`Error::OtherVm`](crate::Error::OtherVm).
     pub fn free_pages(&self, backend: &Arc<Backend>, pages: FilePages) -> Result<()> {
         backend.check_vm(self.id())?;
+        check_no_callback(self.id())?;
         let mut rest = Some(pages);
         while let Some(pages) = rest {
             let end = match backend.mode().has_private_pages() {
@@ -38,7 +40,6 @@ impl Vm {
     }
 
     fn free_mapped(&self, backend: &Backend, step: FilePages) -> Result<u64> {
-        check_no_callback(self.id())?;
         let _claim = self.claims.claim_for_sure(&[(backend.id(), step)]);
         backend.punch(step, View::Shared)?;
         Ok(step.end())
@@ -49,23 +50,21 @@ impl Vm {
         let notifier = self.begin()?;
         let _claim = self.claims.claim_for_sure(&[(backend.id(), step)]);
         self.repair_attributes(backend, step)?;
+        let mut later = Later::new(self);
         let mut moves = Moves::new();
         let end = moves.mark(backend, step, |_| true);
         let step = step.first(end - step.start());
         if backend.mode() == Mode::InPlace {
-            return self.free_in_place(backend, &mut moves, step, &notifier);
+            return self.free_in_place(backend, &mut moves, step, &notifier, &mut later);
         }
         // The host sees undecided pages: their shared view is emptied first, whatever the policy
         // says.
         backend.punch(step, View::Shared)?;
-        let mut warnings = self.to_shared(&mut moves, &notifier)?;
+        self.to_shared(&mut moves, &notifier, &mut later)?;
         if backend.config().discard == Discard::Keep {
-            warnings.extend(punch_or_owe(backend, step, View::Private));
+            punch_or_owe(backend, step, View::Private, &mut later);
         }
         moves.finish(|_| PageState::Undecided);
-        for warning in &warnings {
-            self.log_warning(warning);
-        }
         Ok(end)
     }
 
@@ -77,8 +76,9 @@ impl Vm {
         moves: &mut Moves<'_>,
         step: FilePages,
         notifier: &Notifier<'_>,
+        later: &mut Later<'_>,
     ) -> Result<u64> {
-        self.to_shared(moves, notifier)?;
+        self.to_shared(moves, notifier, later)?;
         let freed = moves
             .runs(|_| true)
             .iter()
@@ -100,6 +100,7 @@ impl Vm {
     /// As for [`Vm::free_pages`].
     pub fn free_private(&self, backend: &Arc<Backend>) -> Result<()> {
         backend.check_vm(self.id())?;
+        check_no_callback(self.id())?;
         let mut rest = Some(backend.pages());
         while let Some(pages) = rest {
             let end = self.free_private_step(backend, pages.first(STEP_PAGES))?;
@@ -138,25 +139,22 @@ impl Vm {
         span: FilePages,
         notifier: &Notifier<'_>,
     ) -> Result<u64> {
+        let mut later = Later::new(self);
         let mut moves = Moves::new();
         let end = moves.mark(backend, span, |state| state == PageState::Private);
         if backend.mode() == Mode::InPlace {
             let looked_at = span.first(end - span.start());
-            return self.free_in_place(backend, &mut moves, looked_at, notifier);
+            return self.free_in_place(backend, &mut moves, looked_at, notifier, &mut later);
         }
-        let mut warnings = Vec::new();
         if backend.config().discard == Discard::Keep {
             for run in moves.runs(|_| true) {
                 backend.punch(run.pages, View::Shared)?;
             }
             let freed = span.first(end - span.start());
-            warnings.extend(punch_or_owe(backend, freed, View::Private));
+            punch_or_owe(backend, freed, View::Private, &mut later);
         }
-        warnings.extend(self.to_shared(&mut moves, notifier)?);
+        self.to_shared(&mut moves, notifier, &mut later)?;
         moves.finish(|_| PageState::Undecided);
-        for warning in &warnings {
-            self.log_warning(warning);
-        }
         Ok(end)
     }
 
@@ -164,13 +162,11 @@ impl Vm {
     fn free_private_span(&self, backend: &Backend, span: FilePages) -> Result<()> {
         let cleared = self.set_attributes_of(backend, span, View::Shared);
         cleared.inspect_err(|_| backend.doubt_attributes(span))?;
-        let warning = punch_or_owe(backend, span, View::Private);
+        let mut later = Later::new(self);
+        punch_or_owe(backend, span, View::Private, &mut later);
         backend.with_states(|states| {
             states.replace(span, PageState::Private, PageState::Undecided);
         });
-        if let Some(warning) = warning {
-            self.log_warning(&warning);
-        }
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ mod moves;
 mod rebind;
 mod request;
 mod restore;
+mod told;
 mod wait;
 
 use std::fmt;
@@ -23,7 +24,7 @@ use crate::backend::create::{self, Created};
 use crate::backend::{Backend, BackendConfig};
 use crate::error::{Error, Result};
 use crate::exclusion::claims::{Claim, Claims};
-use crate::listener::{Level, Listener, Notifier};
+use crate::listener::{Caller, Level, Listener, Notifier, check_no_callback};
 use crate::owner::Owner;
 use crate::pages::ranges::{BackendId, FilePages, GuestPages, SmallList, VmId};
 use crate::pages::states::View;
@@ -47,7 +48,7 @@ pub struct Vm {
     /// By number. One that has been removed leaves its place empty: no number comes again.
     backends: RwLock<Vec<Option<Arc<Backend>>>>,
     pub(crate) claims: Claims,
-    pub(crate) listener: Box<dyn Listener>,
+    pub(crate) listener: Caller,
 }
 
 impl fmt::Debug for Vm {
@@ -63,14 +64,15 @@ impl Vm {
     /// A VM without backends.
     pub fn new(owner: Arc<dyn Owner>, listener: Box<dyn Listener>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = VmId(NEXT.fetch_add(1, Ordering::Relaxed));
         Self {
-            id: VmId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            id,
             owner: RwLock::new(owner),
             windows: RwLock::default(),
             layout: Mutex::default(),
             backends: RwLock::default(),
             claims: Claims::default(),
-            listener,
+            listener: Caller::new(listener, id),
         }
     }
 
@@ -115,6 +117,7 @@ impl Vm {
     /// forgotten, and they are cleared when the layout changes the next time.
     pub fn remove_backend(&self, backend: &Backend) -> Result<()> {
         backend.check_vm(self.id)?;
+        check_no_callback(self.id)?;
         if self.windows.read().shows(backend.id()) {
             return Err(Error::InUse {
                 what: "a backend cannot be removed",
@@ -138,6 +141,7 @@ impl Vm {
     /// # Errors
     /// The first [`Error::Punch`], after all have been tried.
     pub fn punch_owed(&self) -> Result<()> {
+        check_no_callback(self.id)?;
         let mut result = Ok(());
         for backend in self.all_backends() {
             for view in View::BOTH {
@@ -193,7 +197,7 @@ impl Vm {
         guest: GuestPages,
         wanted: &[(BackendId, FilePages)],
     ) -> Result<Option<Claim<'_>>> {
-        let claim = self.claims.claim(wanted, || self.listener.interrupted());
+        let claim = self.claims.claim(wanted, || self.is_interrupted());
         let claim = claim.ok_or(Error::Interrupted { guest })?;
         let is_same = self.windows.read().layout() == layout;
         Ok(is_same.then_some(claim))
@@ -201,15 +205,20 @@ impl Vm {
 
     /// A step of a request begins.
     fn begin(&self) -> Result<Notifier<'_>> {
-        Notifier::begin(self.listener.as_ref(), self.id)
+        Notifier::begin(&self.listener)
+    }
+
+    /// Is a request to give up?
+    fn is_interrupted(&self) -> bool {
+        self.listener.call(|user| user.interrupted())
     }
 
     /// For errors that no return value can carry.
     pub(crate) fn log_error(&self, error: &Error) {
-        self.listener.log(Level::Error, &error.to_string());
+        self.log(Level::Error, &error.to_string());
     }
 
-    fn log_warning(&self, error: &Error) {
-        self.listener.log(Level::Warning, &error.to_string());
+    pub(crate) fn log(&self, level: Level, message: &str) {
+        self.listener.call(|user| user.log(level, message));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, Discard, RUNS_AT_ONCE, create};
 use crate::error::{Error, Result};
-use crate::listener::Notifier;
+use crate::listener::{Notifier, Panics};
 use crate::owner::Owner;
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
@@ -56,16 +56,18 @@ impl Vm {
         self.windows.write().forget_stale();
         *self.owner.write() = owner;
         let mut result = Ok(());
+        // All of them start over, though the listener panics.
+        let mut panics = Panics::default();
         for (backend, views) in start_over {
             let lost = lost_pages(backend);
             if notifier.is_listening() {
-                unmap(backend, lost, &notifier);
+                unmap(backend, lost, &notifier, &mut panics);
             }
             backend.replace_views(views);
             backend.forget_debts();
-            self.listener.new_files(backend);
+            panics.hold(|| self.listener.call(|user| user.new_files(backend)));
             if notifier.is_listening() {
-                result = result.and(map(backend, lost, &notifier));
+                result = result.and(map(backend, lost, &notifier, &mut panics));
             }
             backend.with_states(|states| states.reset(backend.config().start));
         }
@@ -111,14 +113,14 @@ fn empty_shared_view(backend: &Backend) -> Result<()> {
 }
 
 /// Tells the listener to let go of pages that start over with another file, or private.
-fn unmap(backend: &Backend, lost: Lost, notifier: &Notifier<'_>) {
+fn unmap(backend: &Backend, lost: Lost, notifier: &Notifier<'_>, panics: &mut Panics) {
     if lost == Lost::Nothing {
         return;
     }
     // Nothing in it fails.
     let _ = for_each_run(backend, |pages, state| {
         if state.host_may_use() {
-            notifier.unmap(backend, pages);
+            panics.hold(|| notifier.unmap(backend, pages));
         }
         Ok(())
     });
@@ -126,17 +128,21 @@ fn unmap(backend: &Backend, lost: Lost, notifier: &Notifier<'_>) {
 
 /// Tells the listener of pages that start over and are the host's. They are still in their old states.
 /// Goes on after an error, and returns the first.
-fn map(backend: &Backend, lost: Lost, notifier: &Notifier<'_>) -> Result<()> {
+fn map(backend: &Backend, lost: Lost, notifier: &Notifier<'_>, panics: &mut Panics) -> Result<()> {
     if !backend.config().start.host_may_use() {
         return Ok(());
     }
+    let mut map = |pages| {
+        let mapped = panics.hold(|| notifier.map(backend, pages));
+        mapped.unwrap_or(Ok(()))
+    };
     if lost == Lost::Everything {
-        return notifier.map(backend, backend.pages());
+        return map(backend.pages());
     }
     let mut result = Ok(());
     for_each_run(backend, |pages, state| {
         if !state.host_may_use() {
-            let mapped = notifier.map(backend, pages);
+            let mapped = map(pages);
             result = std::mem::replace(&mut result, Ok(())).and(mapped);
         }
         Ok(())

@@ -41,7 +41,7 @@ impl Vm {
         let changed = self.watch(backend, guest, to, || self.convert(guest, to))?;
         let wants = |backend: &Backend| backend.config().prefault.wants(guest);
         if changed > 0 && to == View::Private && backend.is_some_and(wants) {
-            self.listener.prefault(guest);
+            self.listener.call(|user| user.prefault(guest));
         }
         Ok(changed)
     }
@@ -100,7 +100,8 @@ impl Vm {
         match (&result, latencies) {
             (Ok(1..), Some(latencies)) => latencies.end(started, to),
             (Err(error), _) if error.is_failure() => {
-                self.listener.failed(backend, guest, to, error);
+                self.listener
+                    .call(|user| user.failed(backend, guest, to, error));
             }
             _ => {}
         }

@@ -58,11 +58,10 @@ impl Vm {
         })?;
         if wait.since.is_none() {
             self.first_wait(backend, wait);
-            self.listener.revoke(backend, pages);
+            self.listener.call(|user| user.revoke(backend, pages));
         }
         let deadline = Instant::now() + left.min(BETWEEN_TRIES);
-        let interrupted = || self.listener.interrupted();
-        match backend.pins.wait(pages, deadline, interrupted) {
+        match backend.pins.wait(pages, deadline, || self.is_interrupted()) {
             Waited::Unpinned | Waited::TimedOut => Ok(()),
             Waited::Interrupted => Err(Error::Interrupted { guest }),
         }
@@ -87,7 +86,7 @@ impl Vm {
         wait.pauses += 1;
         let end = Instant::now() + pause.min(BETWEEN_TRIES).min(left);
         loop {
-            if self.listener.interrupted() {
+            if self.is_interrupted() {
                 return Err(Error::Interrupted { guest });
             }
             match end.saturating_duration_since(Instant::now()) {

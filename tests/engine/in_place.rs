@@ -29,7 +29,7 @@ fn fill(machine: &Machine) -> Vec<u8> {
     bytes(machine)
 }
 
-fn check(machine: &Machine) {
+pub(crate) fn check(machine: &Machine) {
     let attributes = machine.fault.file_attributes();
     for (page, state) in machine.states().into_iter().enumerate() {
         let (private, usable) = match state {

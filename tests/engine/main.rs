@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
 
 mod access;
+mod callbacks;
 mod discards;
 mod failures;
 mod fault;
