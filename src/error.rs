@@ -131,6 +131,17 @@ pub enum Error {
         found: String,
     },
 
+    /// Saved states could not be written or read.
+    #[error("cannot {what} the states of backend '{backend}': {source}")]
+    StateStream {
+        /// Save or restore.
+        what: &'static str,
+        /// Name of the backend.
+        backend: String,
+        /// What the stream has answered.
+        source: io::Error,
+    },
+
     /// The hypervisor refused to set memory attributes.
     #[error("cannot set the attributes of {guest} to {view}: {source}")]
     SetAttributes {
@@ -398,6 +409,7 @@ impl Error {
             | Error::Transfer { source, .. }
             | Error::Listener { source, .. }
             | Error::CreateFile { source, .. }
+            | Error::StateStream { source, .. }
             | Error::Thread { source }
             | Error::Descriptor { source, .. } => match Errno::from_io_error(source) {
                 None | Some(Errno::INTR | Errno::AGAIN) => Errno::IO,

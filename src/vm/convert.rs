@@ -29,7 +29,7 @@ use crate::vm::{STEP_PAGES, Vm};
 use crate::windows::{Part, Window};
 
 /// How long a pin lasts that is worth a wait with pages in transition. Others wait for them meanwhile.
-const SHORT_PIN: Duration = Duration::from_millis(5);
+pub(super) const SHORT_PIN: Duration = Duration::from_millis(5);
 
 /// What a request decides besides the pages that it names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,7 +325,7 @@ impl Vm {
 /// Lets accesses that are under way come to their end: no new one begins while the pages are in
 /// transition, or hosts that use them all the time would keep them for ever. Returns what stays
 /// pinned; that is waited for with the pages given back.
-fn drain_pins<'a>(moves: &Moves<'a>) -> Option<Run<'a>> {
+pub(super) fn drain_pins<'a>(moves: &Moves<'a>) -> Option<Run<'a>> {
     let mut pinned = moves.first_pinned()?;
     let deadline = Instant::now() + SHORT_PIN;
     while pinned.backend.pins.wait(pinned.pages, deadline, || false) == Waited::Unpinned {

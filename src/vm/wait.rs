@@ -51,11 +51,9 @@ impl Vm {
         wait: &mut Wait,
     ) -> Result<()> {
         let timeout = backend.config().convert_timeout;
-        let left = wait.left(timeout).ok_or_else(|| Error::Pinned {
-            backend: backend.config().name.clone(),
-            pages,
-            timeout,
-        })?;
+        let Some(left) = wait.left(timeout) else {
+            return Err(pinned(backend, pages, timeout));
+        };
         if wait.since.is_none() {
             self.first_wait(backend, wait);
             self.listener.call(|user| user.revoke(backend, pages));
@@ -99,5 +97,14 @@ impl Vm {
     fn first_wait(&self, backend: &Backend, wait: &mut Wait) {
         wait.since = Some(Instant::now());
         backend.counters.waits.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The host has used pages for so long.
+pub(super) fn pinned(backend: &Backend, pages: FilePages, timeout: Duration) -> Error {
+    Error::Pinned {
+        backend: backend.config().name.clone(),
+        pages,
+        timeout,
     }
 }

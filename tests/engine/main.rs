@@ -21,4 +21,5 @@ mod machine;
 mod mapper;
 mod observing;
 mod request;
+mod restore;
 mod threads;
