@@ -318,6 +318,15 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A stray guard can no longer do its work.
+    #[error("the guard of backend '{backend}' has ended: {source}")]
+    Guard {
+        /// Name of the backend.
+        backend: String,
+        /// Why.
+        source: io::Error,
+    },
+
     /// The thread of a stray guard could not be started.
     #[error("cannot start a thread: {source}")]
     Thread {
@@ -410,6 +419,7 @@ impl Error {
             | Error::Listener { source, .. }
             | Error::CreateFile { source, .. }
             | Error::StateStream { source, .. }
+            | Error::Guard { source, .. }
             | Error::Thread { source }
             | Error::Descriptor { source, .. } => match Errno::from_io_error(source) {
                 None | Some(Errno::INTR | Errno::AGAIN) => Errno::IO,

@@ -19,6 +19,7 @@ pub mod error;
 pub mod exclusion;
 #[allow(unsafe_code)] // the C border: raw pointers from C
 pub mod ffi;
+#[cfg(feature = "guard")]
 pub mod guard;
 pub mod listener;
 pub mod owner;
@@ -31,7 +32,8 @@ pub use backend::map::StateMap;
 pub use backend::stats::BackendStats;
 pub use backend::{Backend, BackendConfig, Discard, Lazy, Prefault};
 pub use error::{Error, Result};
-pub use guard::StrayGuard;
+#[cfg(feature = "guard")]
+pub use guard::{GuardThread, StrayGuard};
 pub use listener::{Listener, Stray};
 pub use owner::Owner;
 pub use pages::ranges::{FilePages, GuestPages, PAGE_SIZE};

@@ -14,6 +14,7 @@ use guestmemfd::listener::Level;
 use guestmemfd::owner::SoftwareOwner;
 use guestmemfd::*;
 use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
@@ -23,15 +24,23 @@ const GPA: u64 = 1 << 32;
 /// How long something may take that takes a second.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Whom the guard has caught, and what it had to say otherwise: nothing, in all of these tests.
+/// Whom the guard has caught, what it had to say otherwise, and what the listener does besides.
 #[derive(Default)]
-struct Caught(Mutex<Vec<Stray>>, Mutex<Vec<String>>);
+struct Caught(
+    Mutex<Vec<Stray>>,
+    Mutex<Vec<String>>,
+    Mutex<Option<Box<dyn FnOnce() + Send>>>,
+);
 
 struct Handle(Arc<Caught>);
 
 impl Listener for Handle {
     fn stray(&self, _: &Backend, stray: Stray) {
         self.0.0.lock().push(stray);
+        let act = self.0.2.lock().take();
+        if let Some(act) = act {
+            act();
+        }
     }
 
     fn gap(&self, _: GuestPages, _: View) -> io::Result<()> {
@@ -91,7 +100,7 @@ impl Machine {
     }
 
     /// `None` where this user may not have one, which is said; elsewhere there must be one.
-    fn guard(&self) -> Option<StrayGuard> {
+    fn quiet_guard(&self) -> Option<StrayGuard> {
         match self.guard_at(self.host.as_ptr().addr()) {
             Err(Error::Unsupported { found, .. }) if !rustix::process::geteuid().is_root() => {
                 eprintln!("skipped: {found}");
@@ -99,6 +108,16 @@ impl Machine {
             }
             guard => Some(guard.unwrap()),
         }
+    }
+
+    /// The same on a thread of its own.
+    fn guard(&self) -> Option<GuardThread> {
+        Some(self.quiet_guard()?.spawn().unwrap())
+    }
+
+    /// Has the listener act once, when it is told of somebody.
+    fn at_stray(&self, act: impl FnOnce() + Send + 'static) {
+        *self.caught.2.lock() = Some(Box::new(act));
     }
 
     fn convert(&self, page: u64, pages: u64, to: View) {
@@ -135,7 +154,7 @@ impl Machine {
     }
 
     /// Waits until something holds.
-    fn wait(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+    fn wait(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
         let deadline = Instant::now() + LIMIT;
         while !holds(self) {
             assert!(Instant::now() < deadline, "{what}");
@@ -256,6 +275,147 @@ fn conversions_and_touches_race_without_a_trace() {
     assert_eq!(machine.caught.0.lock().len(), 1, "the guard is still there");
     drop(guard);
     assert_eq!(*machine.caught.1.lock(), [""; 0]);
+}
+
+/// Nobody is served before the guard is, and then at once; the descriptor says when.
+#[test]
+fn a_guard_can_be_served_in_an_event_loop() {
+    let machine = Machine::new(Discard::Now);
+    let Some(mut guard) = machine.quiet_guard() else {
+        return;
+    };
+    let readable = |guard: &StrayGuard, milliseconds: i64| {
+        let timeout = Timespec {
+            tv_sec: 0,
+            tv_nsec: milliseconds * 1_000_000,
+        };
+        let mut fds = [PollFd::new(guard, PollFlags::IN)];
+        poll(&mut fds, Some(&timeout)).unwrap() > 0
+    };
+    assert!(!readable(&guard, 0), "nobody waits");
+    let left = guard.serve().unwrap();
+    assert!(left > Duration::ZERO, "there is nothing to do");
+    machine.convert(3, 1, View::Private);
+    std::thread::scope(|scope| {
+        let stray = scope.spawn(|| machine.read(3));
+        while !readable(&guard, 10) {}
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!stray.is_finished(), "it waits for the guard");
+        assert!(machine.caught.0.lock().is_empty());
+        let left = guard.serve().unwrap();
+        assert_eq!(stray.join().unwrap(), 0);
+        assert!(left < Duration::from_secs(1), "a page is to be given back");
+    });
+    assert_eq!(machine.caught().len(), 1);
+    assert_eq!(machine.allocated(), 1);
+    machine.wait("the page is given back", |_| {
+        guard.serve().unwrap();
+        machine.allocated() == 0
+    });
+}
+
+#[test]
+fn a_guard_can_run_on_a_thread_of_its_users_and_is_told_to_stop() {
+    let machine = Machine::new(Discard::Now);
+    let Some(mut guard) = machine.quiet_guard() else {
+        return;
+    };
+    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    machine.convert(3, 1, View::Private);
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| guard.run(&stop));
+        assert_eq!(machine.read(3), 0);
+        assert_eq!(machine.caught().len(), 1);
+        machine.wait("the page is given back", |m| m.allocated() == 0);
+        rustix::io::write(&stop, &1u64.to_ne_bytes()).unwrap();
+        user.join().unwrap().unwrap();
+    });
+    // It goes on with what it was, somewhere else.
+    let thread = guard.spawn().unwrap();
+    assert_eq!(machine.read(3), 0);
+    assert_eq!(machine.caught().len(), 2);
+    drop(thread);
+    machine.convert(3, 1, View::Shared);
+}
+
+#[test]
+fn those_who_wait_go_on_when_the_guard_is_dropped() {
+    let machine = Machine::new(Discard::Now);
+    let Some(guard) = machine.quiet_guard() else {
+        return;
+    };
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| machine.read(3));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!reader.is_finished(), "nobody serves it");
+        drop(guard);
+        assert_eq!(reader.join().unwrap(), 0);
+    });
+}
+
+#[test]
+fn a_listener_that_panics_does_not_end_the_guard() {
+    let machine = Machine::new(Discard::Now);
+    let Some(_guard) = machine.guard() else {
+        return;
+    };
+    machine.convert(3, 2, View::Private);
+    machine.at_stray(|| std::panic::resume_unwind(Box::new("a bug of the user's")));
+    assert_eq!(machine.read(3), 0, "the thread goes on");
+    machine.wait("it is said", |m| m.caught.1.lock().len() == 1);
+    let said = machine.caught.1.lock().remove(0);
+    assert!(
+        said.contains("panicked") && said.contains("0x3000"),
+        "{said}"
+    );
+    assert_eq!(machine.read(4), 0);
+    assert_eq!(machine.caught.0.lock().len(), 2);
+    machine.wait("the pages are given back", |m| m.allocated() == 0);
+}
+
+#[test]
+fn a_listener_may_look_and_not_convert_when_it_is_told_of_a_stray() {
+    let machine = Machine::new(Discard::Now);
+    let Some(guard) = machine.guard() else {
+        return;
+    };
+    machine.convert(3, 1, View::Private);
+    let (vm, backend) = (machine.vm.clone(), machine.backend.clone());
+    let answers = Arc::new(Mutex::new(None));
+    let given = answers.clone();
+    machine.at_stray(move || {
+        let other = vm.hold(&backend, page(9)).map(drop);
+        let at = GuestPages::from_bytes(GPA + 9 * PAGE_SIZE, PAGE_SIZE).unwrap();
+        let converted = vm.convert(at, View::Private).map(drop);
+        let freed = vm.free_pages(&backend, page(9));
+        let state = backend.state(3);
+        // A guard may be let go of as well.
+        drop(guard);
+        *given.lock() = Some((other, converted, freed, state));
+    });
+    assert_eq!(machine.read(3), 0);
+    machine.wait("the listener is done", |_| answers.lock().is_some());
+    let answers = answers.lock().take().unwrap();
+    assert!(
+        matches!(
+            answers,
+            (
+                Ok(()),
+                Err(Error::InCallback),
+                Err(Error::InCallback),
+                PageState::Private
+            )
+        ),
+        "{answers:?}"
+    );
+}
+
+#[test]
+fn a_backend_of_another_vm_is_not_guarded() {
+    let [one, two] = [(); 2].map(|()| Machine::new(Discard::Now));
+    // SAFETY: the mapping lives as long as the machine.
+    let guard = unsafe { one.vm.guard(&two.backend, two.host.as_ptr().addr()) };
+    assert!(matches!(guard, Err(Error::OtherVm { .. })), "{guard:?}");
 }
 
 #[test]

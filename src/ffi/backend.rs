@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::error::guestmemfd_error;
 use super::types::*;
-use super::{Arg, Failure, Out, arg, catch, catch_value, wanted};
+use super::{Arg, Failure, Out, arg, catch, catch_value, guard, wanted};
 use crate::backend::reach::Chunk;
 use crate::backend::{BackendConfig, DEFAULT_CONVERT_TIMEOUT, Discard, Lazy, Prefault};
 use crate::pages::ranges::PAGE_SIZE;
@@ -294,13 +294,13 @@ pub unsafe extern "C" fn guestmemfd_backend_guard(
     let (backend, error) = unsafe { (arg(backend, "backend"), Out::new(error)) };
     catch(error, || {
         let backend = backend?;
-        let mut guard = backend.guard.lock();
-        if guard.is_some() {
+        let mut running = backend.guard.lock();
+        if running.is_some() {
             return Err(Failure::Argument("the backend has a guard already".into()));
         }
         // SAFETY: the contract of the header: the mapping is there until the backend is freed, and so
         // is the guard.
-        *guard = Some(unsafe { backend.vm.guard(&backend.backend, host.addr()) }?);
+        *running = Some(unsafe { guard::start(&backend.vm, &backend.backend, host.addr()) }?);
         Ok(())
     })
 }

@@ -12,6 +12,7 @@
 mod backend;
 mod callbacks;
 mod error;
+mod guard;
 mod types;
 mod vm;
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::callbacks::Opaques;
+use super::guard::Guard;
 use crate::backend::stats::LATENCY_BUCKETS;
 use crate::backend::{Backend, Discard};
-use crate::guard::StrayGuard;
 use crate::pages::states::{PageState, View};
 use crate::views::Mode;
 use crate::vm::Vm;
@@ -47,7 +47,7 @@ pub struct guestmemfd_backend {
     pub(super) vm: Arc<Vm>,
     pub(super) backend: Arc<Backend>,
     pub(super) opaques: Arc<Opaques>,
-    pub(super) guard: Mutex<Option<StrayGuard>>,
+    pub(super) guard: Mutex<Option<Guard>>,
 }
 
 const _: () = {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Guards: threads that catch accesses to private pages which go around every check.
+//! Guards: they catch accesses to private pages which go around every check.
 //!
 //! A private page is a hole of the shared file. When a thread of this program touches the host's
 //! mapping there, userfaultfd stops it; it is told of, it goes on with a page of zeros, and that page is
@@ -10,30 +10,35 @@
 //! The price: each first touch of a shared page, the guest's too, is a fault that the guard serves.
 //! It takes no lock for that but those of lookups, and never waits for a claim: a conversion that holds
 //! one may be waiting for the guard, in a listener that touches the memory.
+//!
+//! A [`StrayGuard`] starts no thread. Its user runs it on one of his own, serves it in an event loop
+//! with other things, or asks for a [`GuardThread`].
 
+mod thread;
 mod userfault;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::ptr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use crate::backend::{Backend, Discard};
 use crate::error::{Error, Result};
 use crate::guard::userfault::{Fault, Userfault};
-use crate::listener::Level;
-use crate::listener::Stray;
+use crate::listener::{Level, Stray};
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
 use crate::views::Mode;
 use crate::vm::Vm;
+
+pub use thread::GuardThread;
 
 /// How long a thread has to make the access that it was caught in, before the page is given back.
 const GIVE_BACK: Duration = Duration::from_millis(100);
@@ -50,20 +55,37 @@ const FAULTS: usize = 256;
 /// How long to wait before a fault that could not be served comes again.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A running guard; it ends when this is dropped.
-#[derive(Debug)]
+/// A guard of a backend. It acts only while its user has it [run](Self::run), [serve](Self::serve), or
+/// [on a thread of its own](Self::spawn); until then, whoever touches a hole of the guarded mapping
+/// waits. Dropped, it guards no more, and those who wait go on.
 pub struct StrayGuard {
-    stop: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
+    vm: Arc<Vm>,
+    backend: Arc<Backend>,
+    faults: Userfault,
+    /// Pages that were filled although they were not the host's, and when.
+    suspects: VecDeque<(Instant, FilePages)>,
+    /// What is left of a sweep, and when the last one was over.
+    unswept: Option<FilePages>,
+    swept: Instant,
+    complained: Option<Instant>,
+}
+
+impl fmt::Debug for StrayGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StrayGuard")
+            .field("backend", &self.backend.config().name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Vm {
-    /// Guards the private pages of a backend, whose shared file the host maps at `address`. The
-    /// listener hears of [`Stray`] accesses from a thread of the guard's.
+    /// A guard of the private pages of a backend, whose shared file the host maps at `address`. The
+    /// listener hears of [`Stray`] accesses from the thread that the guard acts on.
     ///
     /// # Errors
     /// [`Error::Unsupported`] where nothing is private, where memory starts private, where pages keep
     /// their data when they become private ([`Discard::Keep`]), and where userfaultfd is not to be had.
+    /// [`Error::OtherVm`].
     ///
     /// # Safety
     /// This process has mapped all of the shared file at `address`, and keeps it mapped as long as the
@@ -74,155 +96,135 @@ impl Vm {
         backend: &Arc<Backend>,
         address: usize,
     ) -> Result<StrayGuard> {
-        let refused = |found: String| Error::Unsupported {
-            wanted: format!("a guard for backend '{}'", backend.config().name),
-            found,
-        };
-        if !backend.mode().has_private_pages() {
-            return Err(refused(
-                "the host maps all memory of this guest, nothing is private".into(),
-            ));
-        }
-        if backend.mode() == Mode::InPlace {
-            return Err(refused(
-                "memory is converted in place, and the kernel itself answers such an access with \
-                 SIGBUS"
-                    .into(),
-            ));
-        }
-        if backend.config().start == PageState::Private {
-            return Err(refused(
-                "its memory starts private, and a launch that is measured may write there through the \
-                 host's mapping, which a guard would undo"
-                    .into(),
-            ));
-        }
-        if backend.config().discard == Discard::Keep {
-            return Err(refused(
-                "discard=keep leaves data where pages were; use now".into(),
-            ));
-        }
+        backend.check_vm(self.id())?;
+        check_guardable(backend)?;
         let faults = Userfault::new(address, backend.config().size).map_err(|error| {
-            refused(format!(
-                "userfaultfd: {error}; it takes a kernel with CONFIG_USERFAULTFD, and CAP_SYS_PTRACE, access \
-                 to /dev/userfaultfd or vm.unprivileged_userfaultfd=1"
-            ))
+            refused(
+                backend,
+                format!(
+                    "userfaultfd: {error}; it takes a kernel with CONFIG_USERFAULTFD, and \
+                     CAP_SYS_PTRACE, access to /dev/userfaultfd or vm.unprivileged_userfaultfd=1"
+                ),
+            )
         })?;
-        let failed = |source| Error::Thread { source };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        let stop = Arc::new(stop);
-        let watch = Watch {
+        Ok(StrayGuard {
             vm: self.clone(),
             backend: backend.clone(),
             faults,
-            stop: stop.clone(),
             suspects: VecDeque::new(),
             unswept: None,
             swept: Instant::now(),
             complained: None,
-        };
-        let thread = spawn("guestmemfd-guard", move || watch.run()).map_err(failed)?;
-        Ok(StrayGuard {
-            stop,
-            thread: Some(thread),
         })
     }
 }
 
-impl Drop for StrayGuard {
-    fn drop(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            // An eventfd that nobody else writes to has room for this.
-            let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-            // It has panicked, or not: there is nothing left to do.
-            let _ = thread.join();
-        }
+fn refused(backend: &Backend, found: String) -> Error {
+    Error::Unsupported {
+        wanted: format!("a guard for backend '{}'", backend.config().name),
+        found,
     }
 }
 
-/// Starts a thread without signals: those are the program's, and its own threads must get them.
-#[allow(unsafe_code)] // pthread_sigmask()
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    let mut all = MaybeUninit::uninit();
-    let mut before = MaybeUninit::uninit();
-    // SAFETY: sigfillset() fills what it is given, pthread_sigmask() reads the one and fills the other.
-    let blocked = unsafe {
-        libc::sigfillset(all.as_mut_ptr());
-        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr())
-    };
-    if blocked != 0 {
-        return Err(io::Error::from_raw_os_error(blocked));
+/// Can what a guard finds in private pages only have come there by a stray access?
+fn check_guardable(backend: &Backend) -> Result<()> {
+    let refused = |found: &str| Err(refused(backend, found.into()));
+    if !backend.mode().has_private_pages() {
+        return refused("the host maps all memory of this guest, nothing is private");
     }
-    let started = std::thread::Builder::new().name(name.into()).spawn(body);
-    // SAFETY: the call above has filled it, and has not failed.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut()) };
-    started
+    if backend.mode() == Mode::InPlace {
+        return refused(
+            "memory is converted in place, and the kernel itself answers such an access with SIGBUS",
+        );
+    }
+    if backend.config().start == PageState::Private {
+        return refused(
+            "its memory starts private, and a launch that is measured may write there through the \
+             host's mapping, which a guard would undo",
+        );
+    }
+    if backend.config().discard == Discard::Keep {
+        return refused("discard=keep leaves data where pages were; use now");
+    }
+    Ok(())
 }
 
-/// What the guard's thread has.
-struct Watch {
-    vm: Arc<Vm>,
-    backend: Arc<Backend>,
-    faults: Userfault,
-    stop: Arc<OwnedFd>,
-    /// Pages that were filled although they were not the host's, and when.
-    suspects: VecDeque<(Instant, FilePages)>,
-    /// What is left of a sweep, and when the last one was over.
-    unswept: Option<FilePages>,
-    swept: Instant,
-    complained: Option<Instant>,
+/// For an event loop: readable when a thread waits for the guard.
+impl AsFd for StrayGuard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.faults.as_fd()
+    }
 }
 
-impl Watch {
-    fn run(mut self) {
-        loop {
-            match self.wait() {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => return self.give_up(&error),
+impl StrayGuard {
+    /// Serves the threads that wait, and does what else is due, in portions; waits for nothing. Call
+    /// it when the descriptor is readable, and after the time that it returns at the latest.
+    ///
+    /// # Errors
+    /// [`Error::Guard`]: it cannot go on. Drop it, or those who wait for it wait for ever.
+    pub fn serve(&mut self) -> Result<Duration> {
+        for _ in 0..FAULTS {
+            match self.faults.next().map_err(|source| self.failed(source))? {
+                Some(fault) => self.serve_fault(fault),
+                None => break,
             }
-            for _ in 0..FAULTS {
-                match self.faults.next() {
-                    Ok(Some(fault)) => self.serve(fault),
-                    Ok(None) => break,
-                    Err(error) => return self.give_up(&error),
-                }
-            }
-            self.give_back();
-            self.sweep();
         }
-    }
-
-    /// Waits for something to do; false if that is to end.
-    fn wait(&self) -> io::Result<bool> {
-        let timeout = match (&self.unswept, self.suspects.is_empty()) {
+        self.give_back();
+        self.sweep();
+        Ok(match (&self.unswept, self.suspects.is_empty()) {
             (Some(_), _) => Duration::ZERO,
             (None, true) => SWEEP,
             (None, false) => GIVE_BACK,
-        };
+        })
+    }
+
+    /// Serves until a descriptor becomes readable: an eventfd, for example.
+    ///
+    /// # Errors
+    /// As for [`StrayGuard::serve`].
+    pub fn run(&mut self, stop: impl AsFd) -> Result<()> {
+        let mut timeout = Duration::ZERO;
+        while !self.wait(stop.as_fd(), timeout)? {
+            timeout = self.serve()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for something to do; true if that is to end.
+    fn wait(&self, stop: BorrowedFd<'_>, timeout: Duration) -> Result<bool> {
         let mut waited = [
             PollFd::new(&self.faults, PollFlags::IN),
-            PollFd::new(&*self.stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
         ];
-        let timeout = timeout.try_into().map_err(|_| rustix::io::Errno::INVAL)?;
-        match poll(&mut waited, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(waited[1].revents().is_empty()),
-            Err(error) => Err(error.into()),
+        let polled = timeout
+            .try_into()
+            .map_err(|_| Errno::INVAL)
+            .and_then(|timeout| poll(&mut waited, Some(&timeout)));
+        match polled {
+            Ok(_) | Err(Errno::INTR) => Ok(!waited[1].revents().is_empty()),
+            Err(error) => Err(self.failed(error.into())),
         }
     }
 
     /// Without a guard, nobody is stopped any more: the kernel takes faults back with the descriptor.
-    fn give_up(&self, error: &io::Error) {
-        let name = &self.backend.config().name;
-        let message = format!("the guard of backend '{name}' has ended: {error}");
-        self.vm.log(Level::Error, &message);
+    fn failed(&self, source: io::Error) -> Error {
+        Error::Guard {
+            backend: self.backend.config().name.clone(),
+            source,
+        }
+    }
+
+    /// A listener that panics does not end a guard that threads wait for.
+    fn log(&self, message: &str) {
+        let log = || self.vm.log(Level::Error, message);
+        let _ = catch_unwind(AssertUnwindSafe(log));
     }
 
     fn state(&self, page: u64) -> PageState {
         self.backend.state(page)
     }
 
-    fn serve(&mut self, fault: Fault) {
+    fn serve_fault(&mut self, fault: Fault) {
         let Ok(page) = self.backend.pages_covering(fault.offset, 1) else {
             return;
         };
@@ -246,7 +248,7 @@ impl Watch {
             self.complained = Some(Instant::now());
             let name = &self.backend.config().name;
             let message = format!("cannot fill {page} of backend '{name}': {error}");
-            self.vm.log(Level::Error, &message);
+            self.log(&message);
         }
     }
 
@@ -257,9 +259,17 @@ impl Watch {
         let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
         self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
         let stray = Stray { pages, gpa, thread };
-        self.vm
-            .listener
-            .call(|user| user.stray(&self.backend, stray));
+        let tell = || {
+            self.vm
+                .listener
+                .call(|user| user.stray(&self.backend, stray))
+        };
+        // The thread that was caught waits, whatever becomes of this.
+        if catch_unwind(AssertUnwindSafe(tell)).is_err() {
+            self.log(&format!(
+                "the listener panicked at a stray access to {pages}"
+            ));
+        }
     }
 
     /// Frees what was filled in private pages, once its thread has had its time.
