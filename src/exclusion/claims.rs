@@ -247,10 +247,11 @@ mod tests {
             while claims.held.lock().waiting.is_empty() {
                 thread::yield_now();
             }
-            scope.spawn(|| {
+            let later = scope.spawn(|| {
                 assert!(claims.claim(&[(RAM, pages(9, 10))], || true).is_none());
                 drop(claims.claim(&[(RAM, pages(100, 101))], || true).unwrap());
             });
+            later.join().unwrap();
             // The first one's holder does not wait for those that wait for it.
             drop(claims.claim(&[(RAM, pages(9, 10))], || true).unwrap());
             drop(small);
