@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What the library's own data structures cost on this machine, without a kernel: states beside plain
 //! words and beside vm-memory's bitmap, windows, claims, pins. `cargo bench`.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What a whole backend of 1 TiB takes: its state in bytes, and a map query in time. Prints rows for
 //! `cargo xtask bench library`.

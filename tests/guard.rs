@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Accesses to private pages that go around every check, caught by a guard. The files are real memfds
 //! with real mappings; only the hypervisor is the software owner.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! QEMU's firmware configuration device (docs/specs/fw_cfg.rst), read by DMA: items with what the
 //! guest wants to know, copied to where it wants them.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! A small VMM on the library alone: a software-protected VM of one vCPU that runs the conformance
 //! guest (`guest/`), without QEMU and without firmware. It has a serial port for output,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! A QMP client with time limits, and the commands of `memory-backend-guestmemfd`.
 //!
 //! Messages are those of `qapi-spec`. The loop around them is our own because the one in `qapi`

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! `query-guestmemfd` and `x-query-guestmemfd-map`: what QEMU says of its backends.
 
 use anyhow::{Context as _, Result, bail};

@@ -1,5 +1,5 @@
 #!/bin/sh
-# SPDX-License-Identifier: GPL-2.0-or-later
+# SPDX-License-Identifier: MIT OR Apache-2.0
 # Builds the static library with cargo and puts it where meson wants it.
 set -eu
 source=$1 target=$2 output=$3

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * Pins and unpins the first BYTES of a backend TIMES times, with a private page
  * close by if asked to. callgrind counts what that takes: cargo xtask bench pins

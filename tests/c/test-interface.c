@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * The C interface as a C program meets it, over the software owner, and over
  * this machine's KVM as far as that goes. Prints TAP.

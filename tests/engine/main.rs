@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Conversions and discards against a plain model, with every system call and callback failing in
 //! turn, alone or with all that follow. The files are real memfds; only the hypervisor is the

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! A guest of one CPU, which KVM runs: it reads or writes one byte, and halts.
 

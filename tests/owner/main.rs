@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What every owner must do, whoever it is: the same tests for KVM, with a guest of one CPU, and for
 //! the software owner. Where KVM cannot run one it says so, or fails if `GUESTMEMFD_NEED_KVM` is set.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! The map as cells of one size each, and how a cell is shown.
 
 use guestmemfd_qmp::query::State;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! Snapshots that arrive, from a QEMU or a record, and the terminal that shows them.
 
 use std::sync::Arc;

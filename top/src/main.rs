@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! `guestmemfd-top`: shows what the memory of a guest on `memory-backend-guestmemfd` is doing.
 
 #![forbid(unsafe_code)]

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! Snapshots in a file: a line that says what it is, then one snapshot a line, in JSON.
 
 use std::fs::File;

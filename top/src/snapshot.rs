@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a QEMU said at one time, and what happened between two such times.
 
 use anyhow::{Context, Result, ensure};

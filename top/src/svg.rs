@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! A report as a picture: the map, the numbers, and what became of the states over time.
 
 use anyhow::{Result, anyhow};

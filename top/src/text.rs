@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! Snapshots as plain text, and the pieces that the live view has in common with it.
 
 use std::fmt::Write;

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! The program as its users run it, against a QMP server of the test's own.
 
 #![allow(clippy::unwrap_used)] // a failed unwrap is a failed test

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! A QMP server that says what a test wants.
 
 use std::io::{BufRead, BufReader, Write};
