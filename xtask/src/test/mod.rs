@@ -2,6 +2,7 @@
 //! `cargo xtask test`: every test there is, as named steps.
 
 mod avocado;
+mod licences;
 mod patches;
 mod report;
 mod steps;
@@ -78,6 +79,11 @@ impl TestStep {
 
 const STEPS: &[TestStep] = &[
     step("format", "rustfmt has nothing to change", steps::format),
+    step(
+        "licences",
+        "each file has the licence of its place",
+        licences_step,
+    ),
     step("clippy", "no warnings in any package", steps::clippy),
     step(
         "unit",
@@ -141,6 +147,10 @@ const STEPS: &[TestStep] = &[
     )
     .long(),
 ];
+
+fn licences_step(bench: &steps::Bench, _step: &Step) -> Result<Tally> {
+    licences::check(bench.ctx)
+}
 
 fn series_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
     patches::compile_each(bench.ctx, step)
