@@ -53,8 +53,7 @@ impl Key {
 
     /// Adds a file's content.
     pub(crate) fn add_file(self, path: &Path) -> Result<Self> {
-        let content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(self.add(&file_name(path), content))
+        Ok(self.add(&file_name(path), read(path)?))
     }
 
     /// Adds a file by path, size and time of change: for files of the system,
@@ -81,6 +80,11 @@ pub(crate) fn file_name(path: &Path) -> String {
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned()
+}
+
+/// A file's content.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// A file's SHA256 in hexadecimal.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The packages of this workspace that the lab runs or QEMU links.
+//! The packages of this workspace that the lab runs.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,11 +16,6 @@ pub(crate) fn cargo(ctx: &Context) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(&ctx.root);
     command
-}
-
-/// The library that QEMU links.
-pub(crate) fn library(ctx: &Context, step: &Step) -> Result<PathBuf> {
-    build(ctx, step, "guestmemfd", "library", "libguestmemfd.a")
 }
 
 /// The conformance guest.

@@ -14,6 +14,8 @@ mod header;
 mod image;
 mod kernel;
 mod level1;
+mod library;
+mod meson;
 mod packages;
 mod process;
 mod progress;

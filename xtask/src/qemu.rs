@@ -8,11 +8,12 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cache::{self, Key, Lock};
 use crate::context::Context;
+use crate::library::{self, Library};
 use crate::process::{Job, command};
 use crate::progress::Step;
 use crate::qemu_series::{self, our_patches};
 use crate::qemu_source::{self, Source};
-use crate::{cargo, fetch, python};
+use crate::{fetch, header, python};
 
 /// How QEMU is configured. Everything that the lab does not need is left out.
 const CONFIGURE: &[&str] = &[
@@ -65,7 +66,7 @@ pub(crate) struct Tree {
 
 /// Builds what is not built yet.
 pub(crate) fn build(ctx: &Context, step: &Step) -> Result<Qemu> {
-    let library = cargo::library(ctx, step)?;
+    let library = library::install(ctx, step)?;
     if let Some(source) = &ctx.qemu_src {
         return build_users(ctx, step, source, &library);
     }
@@ -80,7 +81,7 @@ pub(crate) fn build(ctx: &Context, step: &Step) -> Result<Qemu> {
     }
     let _lock = lock(ctx, step)?;
     let tree = prepare(ctx, step)?;
-    install_library(ctx, &tree, &library)?;
+    install_library(&tree, &library)?;
     let build = tree.folder.join("build");
     compile(ctx, step, &tree, &build, true, &[])?;
     let release = fetch::QEMU
@@ -121,20 +122,20 @@ pub(crate) fn prepare(ctx: &Context, step: &Step) -> Result<Tree> {
 }
 
 /// What a result is made of.
-fn result_key(ctx: &Context, release: &fetch::Release, library: &Path) -> Result<String> {
+fn result_key(ctx: &Context, release: &fetch::Release, library: &Library) -> Result<String> {
     let mut key = release.key().add("configure", CONFIGURE.join(" "));
     key = key.add_file(&ctx.root.join("lab/python.txt"))?;
     for patch in our_patches(ctx)? {
         key = key.add_file(&patch)?;
     }
     key = key
-        .add_file(&header(ctx))?
-        .add("library", cache::sha256(library)?);
+        .add_file(&header::path(ctx))?
+        .add("library", cache::sha256(&library.archive())?);
     Ok(key.finish())
 }
 
 /// Builds a source tree of the user's, which is not written to.
-fn build_users(ctx: &Context, step: &Step, source: &Path, library: &Path) -> Result<Qemu> {
+fn build_users(ctx: &Context, step: &Step, source: &Path, library: &Library) -> Result<Qemu> {
     if !has_option(source)? {
         bail!(
             "{} does not have the patches; apply them with: {}/qemu-patches/git-series.sh import {} {}",
@@ -154,7 +155,7 @@ fn build_users(ctx: &Context, step: &Step, source: &Path, library: &Path) -> Res
         source: source.to_owned(),
         folder,
     };
-    install_library(ctx, &tree, library)?;
+    install_library(&tree, library)?;
     let build = tree.folder.join("build");
     compile(ctx, step, &tree, &build, true, &[])?;
     let version = fs::read_to_string(source.join("VERSION")).unwrap_or_default();
@@ -174,44 +175,13 @@ pub(crate) fn has_option(source: &Path) -> Result<bool> {
     Ok(text.contains(&format!("option('{OPTION}'")))
 }
 
-fn header(ctx: &Context) -> PathBuf {
-    ctx.root.join("include/guestmemfd.h")
-}
-
 fn prefix(tree: &Tree) -> PathBuf {
     tree.folder.join("prefix")
 }
 
-/// Puts the library where QEMU's configure finds it. What has not changed is
-/// not written, so that nothing is linked or compiled again for it.
-pub(crate) fn install_library(ctx: &Context, tree: &Tree, library: &Path) -> Result<()> {
-    let prefix = prefix(tree);
-    let (include, lib) = (prefix.join("include"), prefix.join("lib"));
-    fs::create_dir_all(&include)?;
-    fs::create_dir_all(lib.join("pkgconfig"))?;
-    let header = header(ctx);
-    let content = fs::read(&header).with_context(|| format!("cannot read {}", header.display()))?;
-    cache::write_if_changed(&include.join("guestmemfd.h"), &content)?;
-    let content =
-        fs::read(library).with_context(|| format!("cannot read {}", library.display()))?;
-    cache::write_if_changed(&lib.join("libguestmemfd.a"), &content)?;
-    let text = pkg_config(&prefix);
-    cache::write_if_changed(&lib.join("pkgconfig/guestmemfd.pc"), text.as_bytes())?;
-    Ok(())
-}
-
-fn pkg_config(prefix: &Path) -> String {
-    // The last libraries are what Rust's standard library needs.
-    format!(
-        "prefix={}\n\
-         Name: guestmemfd\n\
-         Description: Guest memory in KVM guest_memfd\n\
-         Version: {}\n\
-         Cflags: -I${{prefix}}/include\n\
-         Libs: -L${{prefix}}/lib -lguestmemfd -lgcc_s -lutil -lrt -lpthread -lm -ldl\n",
-        prefix.display(),
-        env!("CARGO_PKG_VERSION")
-    )
+/// Puts the library where QEMU's configure finds it.
+pub(crate) fn install_library(tree: &Tree, library: &Library) -> Result<()> {
+    library.copy_to(&prefix(tree))
 }
 
 /// Configures if that is needed, and builds. `with` says whether the library
@@ -245,7 +215,7 @@ pub(crate) fn compile(
         .current_dir(build)
         .env("CCACHE_DIR", tree.folder.join("ccache"))
         .env("CCACHE_MAXSIZE", "2G")
-        .env("PKG_CONFIG_PATH", prefix(tree).join("lib/pkgconfig"));
+        .env("PKG_CONFIG_PATH", Library::pkg_config_folder(&prefix(tree)));
     Job::new("compiling QEMU", ninja)
         .log(&ctx.log("qemu-build"))
         .follow(|line| {
@@ -269,7 +239,7 @@ fn configure(ctx: &Context, step: &Step, tree: &Tree, build: &Path, args: &[Stri
     let mut configure = command(tree.source.join("configure"), args);
     configure
         .current_dir(build)
-        .env("PKG_CONFIG_PATH", prefix(tree).join("lib/pkgconfig"));
+        .env("PKG_CONFIG_PATH", Library::pkg_config_folder(&prefix(tree)));
     Job::new("configuring QEMU", configure)
         .log(&ctx.log("qemu-configure"))
         .run()?;
@@ -304,11 +274,5 @@ mod tests {
             Some((12, 1716))
         );
         assert_eq!(ninja_progress("../x.c:1: warning: [a/b]"), None);
-    }
-
-    #[test]
-    fn the_pkg_config_file_names_the_prefix() {
-        let text = pkg_config(Path::new("/p"));
-        assert!(text.starts_with("prefix=/p\n") && text.contains("-I${prefix}/include"));
     }
 }

@@ -27,6 +27,7 @@ use crate::cache::{self, Key};
 use crate::cargo;
 use crate::context::Context;
 use crate::level1::{Lab, Parts};
+use crate::library::{self, Library};
 use crate::packages::{self, Purpose};
 use crate::process;
 use crate::progress::{Step, Steps};
@@ -151,7 +152,7 @@ pub(crate) struct Bench<'a> {
     ctx: &'a Context,
     lab: Lab,
     floor: PathBuf,
-    library: PathBuf,
+    library: Library,
 }
 
 impl<'a> Bench<'a> {
@@ -162,7 +163,7 @@ impl<'a> Bench<'a> {
 
     pub(crate) fn new(ctx: &'a Context, step: &Step, lab: Lab) -> Result<Self> {
         let floor = cargo::floor(ctx, step)?;
-        let library = cargo::library(ctx, step)?;
+        let library = library::install(ctx, step)?;
         Ok(Self {
             ctx,
             lab,

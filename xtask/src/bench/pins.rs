@@ -35,11 +35,7 @@ pub(super) fn measure(
     compiler
         .arg(&program)
         .arg(ctx.root.join(PROGRAM))
-        .arg("-I")
-        .arg(ctx.root.join("include"))
-        .arg(&bench.library)
-        // What Rust's standard library needs.
-        .args(["-lgcc_s", "-lpthread", "-lm", "-ldl"]);
+        .args(bench.library.flags()?);
     Job::new("gcc", compiler)
         .log(&ctx.log("bench-pins-gcc"))
         .run()?;

@@ -24,7 +24,7 @@ const SOURCES: [&str; 9] = [
     ".sh",
     ".py",
     "meson.build",
-    "meson_options.txt",
+    "meson.options",
 ];
 
 /// What a licence stands behind. In two parts, or tools would take this file's for several.

@@ -9,12 +9,13 @@ use anyhow::Result;
 
 use crate::cache::{self, Key, file_name};
 use crate::context::Context;
+use crate::header;
+use crate::library::{self, Library};
 use crate::process::{Job, command};
 use crate::progress::Step;
 use crate::qemu::{self, Tree};
 use crate::qemu_series::{self, our_patches};
 use crate::qemu_source::Source;
-use crate::{cargo, header};
 
 use super::report::Tally;
 
@@ -83,7 +84,7 @@ struct Series<'a> {
     names: Vec<String>,
     source: Source,
     trees: Vec<String>,
-    library: PathBuf,
+    library: Library,
     /// Builds are made in folders of their own, so that other runs need not wait.
     _lock: cache::Lock,
 }
@@ -91,7 +92,7 @@ struct Series<'a> {
 impl<'a> Series<'a> {
     fn new(ctx: &'a Context, step: &'a Step) -> Result<Self> {
         let patches = our_patches(ctx)?;
-        let library = cargo::library(ctx, step)?;
+        let library = library::install(ctx, step)?;
         let lock = qemu::lock(ctx, step)?;
         let source = Source::prepare(ctx, step)?;
         let trees = source.patched(&patches)?;
@@ -151,7 +152,7 @@ impl<'a> Series<'a> {
         if stamp.exists() {
             return Ok(());
         }
-        qemu::install_library(self.ctx, &tree, &self.library)?;
+        qemu::install_library(&tree, &self.library)?;
         // A patch of the QAPI schema touches a thousand files, most of which stay as they were.
         let ccache = ["--cc=ccache gcc"];
         let build = tree.folder.join(build);

@@ -4,7 +4,6 @@
 use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
@@ -16,7 +15,8 @@ use crate::process::{Job, command, output};
 use crate::progress::Step;
 use crate::qemu::Qemu;
 use crate::{
-    cache, debian, header as c_header, image, kernel as lab_kernel, python, qemu as qemu_build,
+    cache, debian, header as c_header, image, kernel as lab_kernel, library, meson, python,
+    qemu as qemu_build,
 };
 
 use super::report::{CargoTest, MesonTest, Tally, Tap};
@@ -195,17 +195,9 @@ pub(crate) fn header(bench: &Bench, _step: &Step) -> Result<Tally> {
 pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
     let ctx = bench.ctx;
     let tools = python::environment(ctx, step, python::TOOLS)?;
-    let build = ctx.root.join("target/meson");
+    let build = meson::folder(ctx, "test");
     step.say("building");
-    let mut setup = meson(&tools, &["setup"]);
-    setup.arg(&build).arg(&ctx.root);
-    if build.join("build.ninja").exists() {
-        setup.arg("--reconfigure");
-    }
-    Job::new("meson setup", setup)
-        .log(&ctx.log("c-setup"))
-        .limit(TEST_LIMIT)
-        .run()?;
+    meson::configure(ctx, &tools, &build, &[meson::cargo_target_dir(ctx)])?;
     step.say("running");
     let mut tally = meson_test(ctx, step, &tools, &build, "c", &[])?;
     step.say("running under valgrind");
@@ -221,17 +213,6 @@ pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
     Ok(tally)
 }
 
-fn meson(tools: &Path, args: &[&str]) -> Command {
-    let mut path = tools.as_os_str().to_owned();
-    if let Some(rest) = std::env::var_os("PATH") {
-        path.push(":");
-        path.push(rest);
-    }
-    let mut meson = command(tools.join("meson"), args);
-    meson.env("PATH", path);
-    meson
-}
-
 fn meson_test(
     ctx: &Context,
     step: &Step,
@@ -240,7 +221,7 @@ fn meson_test(
     name: &str,
     args: &[&str],
 ) -> Result<Tally> {
-    let mut test = meson(tools, &["test", "--print-errorlogs", "-C"]);
+    let mut test = meson::command(tools, &["test", "--print-errorlogs", "-C"]);
     test.arg(build).args(args);
     let mut counts = MesonTest::default();
     let outcome = Job::new("meson test", test)
@@ -389,10 +370,10 @@ const IPXE: &str = "/usr/lib/ipxe/qemu";
 /// QEMU's own tests of the x86-64 machine, in a build with the library or without.
 fn own_tests(bench: &Bench, step: &Step, with: bool) -> Result<Tally> {
     let ctx = bench.ctx;
-    let library = cargo::library(ctx, step)?;
+    let library = library::install(ctx, step)?;
     let _lock = qemu_build::lock(ctx, step)?;
     let tree = qemu_build::prepare(ctx, step)?;
-    qemu_build::install_library(ctx, &tree, &library)?;
+    qemu_build::install_library(&tree, &library)?;
     let (name, build) = if with {
         ("qtest", "build")
     } else {
