@@ -41,7 +41,10 @@ impl Backend {
             };
             for (run, state) in found {
                 // The last run may go on where this look at the states began.
-                let last = runs.pop_if(|(_, last)| *last == state);
+                let last = match runs.last() {
+                    Some((_, last)) if *last == state => runs.pop(),
+                    _ => None,
+                };
                 if last.is_none() && runs.len() == limit {
                     return StateMap { runs, rest };
                 }
