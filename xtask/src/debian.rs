@@ -102,7 +102,7 @@ const GROUPS: &str = "kvm:x:992:\nlibvirt:x:991:\nlibvirt-qemu:x:64055:\n";
 
 /// A list of packages.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct List {
+pub(crate) struct List {
     wanted: Vec<String>,
     /// What others depend on but is of no use here.
     left_out: Vec<String>,
@@ -126,6 +126,19 @@ fn parse(text: &str) -> Result<List> {
     Ok(list)
 }
 
+impl List {
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        parse(&text).with_context(|| path.display().to_string())
+    }
+
+    pub(crate) fn add_to(&self, key: Key) -> Key {
+        key.add("wanted", self.wanted.join(" "))
+            .add("left out", self.left_out.join(" "))
+    }
+}
+
 impl Userland {
     /// The image as a disk of a task.
     pub(crate) fn disk(&self, ctx: &Context, step: &Step) -> Result<(&'static str, PathBuf)> {
@@ -136,14 +149,11 @@ impl Userland {
     /// archive had then: to ask for newer ones takes a network, and each run would have to.
     fn image(&self, ctx: &Context, step: &Step) -> Result<PathBuf> {
         let path = ctx.root.join("lab").join(format!("{}.txt", self.name));
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let list = parse(&text).with_context(|| path.display().to_string())?;
-        let mut key = Key::default()
+        let list = List::read(&path)?;
+        let key = Key::default()
             .add("format", FORMAT)
-            .add("size", self.size.to_le_bytes())
-            .add("wanted", list.wanted.join(" "))
-            .add("left out", list.left_out.join(" "));
+            .add("size", self.size.to_le_bytes());
+        let mut key = list.add_to(key);
         for (from, _) in self.files {
             key = key.add_file(&ctx.root.join(from))?;
         }
@@ -234,7 +244,8 @@ fn system_command(program: &str) -> Command {
     command::<&str>(found.unwrap_or_else(|| program.into()), [])
 }
 
-fn fetch(ctx: &Context, step: &Step, list: &List, to: &Path) -> Result<()> {
+/// Fetches the packages of a list, with what they depend on, into a folder.
+pub(crate) fn fetch(ctx: &Context, step: &Step, list: &List, to: &Path) -> Result<()> {
     make_dir(&to.join("partial"))?;
     // Our apt configuration is used by one run at a time.
     let _lock = cache::lock(&ctx.cache, "downloads", step)?;
@@ -246,7 +257,8 @@ fn fetch(ctx: &Context, step: &Step, list: &List, to: &Path) -> Result<()> {
     })
 }
 
-fn make_skeleton(root: &Path) -> Result<()> {
+/// The folders and links that packages expect.
+pub(crate) fn make_skeleton(root: &Path) -> Result<()> {
     make_dir(root)?;
     for folder in FOLDERS {
         make_dir(&root.join(folder))?;
@@ -258,7 +270,7 @@ fn make_skeleton(root: &Path) -> Result<()> {
 }
 
 /// Unpacks all packages of a folder, and lists them in the file `versions`.
-fn unpack(step: &Step, packages: &Path, root: &Path, versions: &Path) -> Result<()> {
+pub(crate) fn unpack(step: &Step, packages: &Path, root: &Path, versions: &Path) -> Result<()> {
     step.say("unpacking");
     let mut files = Vec::new();
     for entry in entries(packages)? {

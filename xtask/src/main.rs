@@ -25,6 +25,7 @@ mod qemu_series;
 mod qemu_source;
 mod scratch;
 mod test;
+mod toolchain;
 mod tsc;
 
 use std::process::ExitCode;

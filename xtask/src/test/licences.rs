@@ -39,11 +39,8 @@ const FIRST_LINES: usize = 3;
 /// Compares all files that git knows.
 pub(crate) fn check(ctx: &Context) -> Result<Tally> {
     if !ctx.root.join(".git").exists() {
-        return Ok(Tally {
-            skipped: 1,
-            detail: "licences: git lists the files, and this is no checkout".to_owned(),
-            ..Tally::default()
-        });
+        let why = "licences: git lists the files, and this is no checkout";
+        return Ok(Tally::skip(why));
     }
     let places = Places::read(&ctx.root)?;
     let mut list = command("git", ["ls-files", "-z"]);

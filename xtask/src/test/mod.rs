@@ -3,6 +3,7 @@
 
 mod avocado;
 mod licences;
+mod msrv;
 mod patches;
 mod report;
 mod steps;
@@ -98,6 +99,11 @@ const STEPS: &[TestStep] = &[
     ),
     step("c", "tests in C, as they are and under valgrind", steps::c),
     step(
+        "msrv",
+        "the library with the oldest Rust that it promises",
+        msrv_step,
+    ),
+    step(
         "qemu",
         "QEMU builds with the patches and the library",
         steps::qemu,
@@ -150,6 +156,10 @@ const STEPS: &[TestStep] = &[
 
 fn licences_step(bench: &steps::Bench, _step: &Step) -> Result<Tally> {
     licences::check(bench.ctx)
+}
+
+fn msrv_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
+    msrv::test(bench.ctx, step)
 }
 
 fn series_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {

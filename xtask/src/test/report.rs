@@ -37,6 +37,15 @@ impl Tally {
         }
     }
 
+    /// One test that cannot run here, by name, and why.
+    pub(crate) fn skip(detail: impl Into<String>) -> Self {
+        Self {
+            skipped: 1,
+            detail: detail.into(),
+            ..Self::default()
+        }
+    }
+
     /// Adds another tally; details of both stay.
     pub(crate) fn add(&mut self, other: Self) {
         self.passed += other.passed;

@@ -213,7 +213,8 @@ pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
     Ok(tally)
 }
 
-fn meson_test(
+/// Runs the tests of a build folder.
+pub(super) fn meson_test(
     ctx: &Context,
     step: &Step,
     tools: &Path,
