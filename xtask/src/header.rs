@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::abi;
 use crate::context::Context;
 
 /// Options of `header`.
@@ -26,18 +27,21 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<()> {
     if options.check {
         return check(ctx);
     }
-    let path = path(ctx);
-    fs::write(&path, generate(ctx)?).with_context(|| format!("cannot write {}", path.display()))
+    let (path, header) = (path(ctx), generate(ctx)?);
+    // Written first, so that one sees what has changed if the number has to change too.
+    fs::write(&path, &header).with_context(|| format!("cannot write {}", path.display()))?;
+    abi::record(ctx, &header)
 }
 
-/// An error when the committed header is stale; it shows the first difference.
+/// An error when the committed header is stale, which shows the first difference, or when it has changed
+/// under the same number.
 pub(crate) fn check(ctx: &Context) -> Result<()> {
     let path = path(ctx);
     let committed =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let generated = generate(ctx)?;
     match first_difference(&committed, &generated) {
-        None => Ok(()),
+        None => abi::check(ctx, &committed),
         Some((line, found, wanted)) => bail!(
             "include/guestmemfd.h is stale; run: cargo xtask header\n\
              line {line} is:        {found}\n\

@@ -2,6 +2,7 @@
 //! Fetches, builds, boots and tests everything. What has been downloaded or
 //! built stays in a cache outside the checkout.
 
+mod abi;
 mod apt;
 mod bench;
 mod boot;

@@ -94,7 +94,7 @@ const STEPS: &[TestStep] = &[
     .named(),
     step(
         "header",
-        "the C header is what the library's source says",
+        "the C header is what the library's source says, and its number",
         steps::header,
     ),
     step("c", "tests in C, as they are and under valgrind", steps::c),
