@@ -86,23 +86,47 @@ pub(crate) struct Obtained {
     pub(crate) files: Vec<PathBuf>,
 }
 
-/// Obtains the newest release that can be had: from the folders at hand if any
-/// is there as a whole, else over the network.
+/// Obtains the newest release that can be had. An older one that is at hand as a whole serves where
+/// the newest cannot be fetched.
 pub(crate) fn obtain(ctx: &Context, step: &Step, releases: &'static [Release]) -> Result<Obtained> {
     let downloads = ctx.cache.join("downloads");
     fs::create_dir_all(&downloads)
         .with_context(|| format!("cannot make {}", downloads.display()))?;
     let _lock = cache::lock(&ctx.cache, "downloads", step)?;
+    let (newest, older) = releases.split_at(1.min(releases.len()));
+    if let Some(obtained) = first_at_hand(ctx, step, &downloads, newest)? {
+        return Ok(obtained);
+    }
+    let error = match from_network(ctx, step, &downloads, releases) {
+        Ok(obtained) => return Ok(obtained),
+        Err(error) => error,
+    };
+    match first_at_hand(ctx, step, &downloads, older)? {
+        Some(obtained) => {
+            step.note(format_args!("{error:#}"));
+            Ok(obtained)
+        }
+        None => Err(error),
+    }
+}
+
+/// The first release whose files are all in the folders at hand.
+fn first_at_hand(
+    ctx: &Context,
+    step: &Step,
+    downloads: &Path,
+    releases: &'static [Release],
+) -> Result<Option<Obtained>> {
     for release in releases {
         let mut files = Vec::new();
         for file in release.files {
-            files.extend(at_hand(ctx, step, &downloads, file)?);
+            files.extend(at_hand(ctx, step, downloads, file)?);
         }
         if files.len() == release.files.len() {
-            return Ok(Obtained { release, files });
+            return Ok(Some(Obtained { release, files }));
         }
     }
-    from_network(ctx, step, &downloads, releases)
+    Ok(None)
 }
 
 /// A file that need not be fetched. One in the user's folder must be right; one
