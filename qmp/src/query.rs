@@ -46,8 +46,10 @@ pub struct Backend {
     /// Without lazy attributes there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lazy_chunk: Option<u64>,
-    /// Histograms of the time that conversions took since the first query.
+    /// Histograms of the time that conversions took; empty unless `measure-latency` is on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub latency_to_private: Vec<u64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub latency_to_shared: Vec<u64>,
 }
 

@@ -56,7 +56,6 @@ class Refusals(ConfidentialTest):
             ({"size": 0}, "size"),
             ({"size": 1000000}, "multiple of"),
             ({"size": MIB, "share": False}, "share=off is not possible"),
-            ({"size": MIB, "hugetlb": True}, "hugetlb=on is not possible"),
             ({"size": MIB, "discard": "never"}, "never"),
             ({"size": MIB, "mode": "mapped"}, "INIT_SHARED"),
             ({"size": MIB, "lazy_chunk": 2048}, "power of two"),

@@ -118,7 +118,9 @@ impl Source {
         for event in self.qmp.take_events() {
             let seen = match event.name.as_str() {
                 "GUESTMEMFD_CONVERSION_FAILED" => &mut self.events.conversion_failed,
-                "GUESTMEMFD_PRIVATE_ACCESS" => &mut self.events.private_access,
+                "GUESTMEMFD_PRIVATE_ACCESS" | "GUESTMEMFD_STRAY_ACCESS" => {
+                    &mut self.events.private_access
+                }
                 "SHUTDOWN" => {
                     self.ended = Some(text(&event.data, "reason"));
                     continue;

@@ -114,8 +114,8 @@ fn other_process(context: &Context) -> Result<()> {
 
     let event = qemu
         .qmp
-        .wait_event(&["GUESTMEMFD_PRIVATE_ACCESS"], FIND_LIMIT)?;
-    let expected = json!({"id": "ram0", "offset": private.offset, "size": 4096, "refused": false});
+        .wait_event(&["GUESTMEMFD_STRAY_ACCESS"], FIND_LIMIT)?;
+    let expected = json!({"id": "ram0", "offset": private.offset, "size": 4096});
     let mut data = event.data;
     let gpa = data.as_object_mut().and_then(|data| data.remove("gpa"));
     ensure!(

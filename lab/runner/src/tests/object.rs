@@ -120,13 +120,20 @@ fn bad_machines() -> Vec<Test> {
             "ordinary-vm-hugetlb",
             &[Need::MappedMemory],
             ordinary("size=256M,hugetlb=on"),
-            &["pages of 4 KiB only for guest_memfd; use hugetlb=off"],
+            &["'hugetlb' is unexpected"],
         ),
         refused(
             "ordinary-vm-lazy-attributes",
             &[Need::MappedMemory],
             ordinary("size=256M,lazy-attributes=on"),
             &["lazy-attributes=on", "no private memory"],
+        ),
+        refused(
+            "discard-coalesced",
+            &[Need::PrivateMemory],
+            Vm::protected(SIZE)
+                .with_backend("memory-backend-guestmemfd,id=ram0,size=256M,discard=coalesced"),
+            &["'coalesced'"],
         ),
         refused("used-twice", &[Need::PrivateMemory], twice, &["ram0"]),
     ]

@@ -157,8 +157,8 @@ fn add_and_delete_mapped(context: &Context) -> Result<()> {
         }
         delete(qemu)?;
         ensure!(
-            add(qemu, &json!({"size": 16 << 20, "hugetlb": true}))?.is_some(),
-            "hugetlb=on was accepted"
+            add(qemu, &json!({"size": 16 << 20, "share": false}))?.is_some(),
+            "share=off was accepted"
         );
         Ok(())
     })

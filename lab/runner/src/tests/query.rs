@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
-use super::{Context, GUEST_LIMIT, SIZE, Test};
+use super::{Context, GUEST_LIMIT, SIZE, Test, guests};
 use crate::guest;
 use crate::memory::{self, Kind};
 use crate::probe::Need;
@@ -126,13 +126,18 @@ fn monitor(context: &Context) -> Result<()> {
         text.contains("ram0"),
         "info guestmemfd does not name ram0: {text}"
     );
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        backend.latency_to_private.is_empty() && !text.contains("time to"),
+        "times are shown that nobody has asked for: {backend:?}, {text}"
+    );
     Ok(())
 }
 
 /// Where the guest's pages are says the map; it agrees with the sums, read at once or in parts.
 fn map(context: &Context) -> Result<()> {
     let vm = Vm::conformance(&context.files, Scenario::Hypercall, false, SIZE, 1);
-    let mut qemu = context.start(&vm)?;
+    let mut qemu = context.start(&guests::with_properties(vm, "measure-latency=on"))?;
     let fresh = query::backend(&mut qemu.qmp)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let after = query::backend(&mut qemu.qmp)?;
