@@ -38,6 +38,9 @@ const IN_PLACE: &str = "floor-in-place";
 /// The variant that is the library alone, without QEMU and without a guest.
 const LIBRARY: &str = "library";
 
+/// How long a request holds others up in the library alone, and how much memory it takes.
+const BOUNDS: &str = "bounds";
+
 /// What pins take in the library, in instructions.
 const PINS: &str = "pins";
 
@@ -78,6 +81,7 @@ pub(crate) fn all() -> Vec<Measurement> {
         all.extend(of("start", size));
     }
     all.extend(of(LIBRARY, SIZE));
+    all.extend(of(BOUNDS, SIZE));
     all.extend(of(PINS, SIZE));
     all.extend(of(SCALE, SIZE));
     all.retain(Measurement::makes_sense);
@@ -135,7 +139,7 @@ pub(crate) fn check() -> Measurement {
 impl Measurement {
     fn makes_sense(&self) -> bool {
         match (self.bench, self.subject, self.variant) {
-            (LIBRARY | PINS, _, variant) => variant == LIBRARY,
+            (LIBRARY | BOUNDS | PINS, _, variant) => variant == LIBRARY,
             (_, _, LIBRARY) => false,
             // One measurement takes all subjects in turn.
             (SCALE, subject, variant) => (subject, variant) == MAIN,
@@ -208,6 +212,11 @@ impl Measurement {
     /// Is it the library alone that is measured, on this machine?
     pub(crate) fn library(&self) -> bool {
         self.variant == LIBRARY
+    }
+
+    /// The program under `benches/` that measures the library.
+    pub(crate) fn bench(&self) -> &'static str {
+        self.bench
     }
 
     /// Is it what pins take there? That is counted.

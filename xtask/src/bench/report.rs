@@ -123,7 +123,7 @@ mod tests {
         ];
         let text = table(&rows).to_string();
         assert!(text.contains("1,200 (0.60, 1.50)"), "{text}");
-        assert!(!text.contains("coalesced"), "{text}");
+        assert!(!text.contains("discard=keep"), "{text}");
     }
 
     #[test]

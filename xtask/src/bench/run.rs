@@ -169,10 +169,11 @@ fn one(bench: &Bench, measurement: &Measurement, how: &How) -> Result<Vec<Row>> 
 /// The library alone, in time, on this machine.
 fn library(bench: &Bench, measurement: &Measurement, limit: Duration) -> Result<Vec<Row>> {
     let mut command = cargo::cargo(bench.ctx);
-    command.args(["bench", "--package", "guestmemfd", "--bench", "library"]);
+    command.args(["bench", "--package", "guestmemfd", "--bench"]);
+    command.arg(measurement.bench());
     let mut lines = Vec::new();
     Job::new("cargo bench", command)
-        .log(&bench.ctx.log("bench-library"))
+        .log(&bench.ctx.log(&format!("bench-{}", measurement.bench())))
         .limit(limit)
         .follow(|line| lines.extend(Line::parse(line)))
         .run()?;
