@@ -268,6 +268,12 @@ impl WindowTable {
         parts
     }
 
+    /// The part of a window that shows all of a range, if one does.
+    pub fn showing(&self, guest: GuestPages) -> Option<Window> {
+        let part = self.overlapping(guest).first()?.clip(guest)?;
+        (part.guest == guest).then_some(part)
+    }
+
     /// The bound window that shows all of a range, and the backend's page at its start.
     pub fn around(&self, guest: GuestPages) -> Option<(Window, u64)> {
         let window = self.overlapping(guest).first()?;

@@ -255,7 +255,12 @@ impl StrayGuard {
     fn tell(&self, pages: FilePages, thread: Option<u32>) {
         let first = FilePages::new(pages.start(), pages.start() + 1).unwrap_or(pages);
         let backend = self.backend.id();
-        let places = self.vm.windows.read().places(backend, first, View::Shared);
+        let places = self
+            .vm
+            .places
+            .read()
+            .windows
+            .places(backend, first, View::Shared);
         let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
         self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
         let stray = Stray { pages, gpa, thread };

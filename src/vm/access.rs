@@ -132,6 +132,9 @@ impl Vm {
     /// accessed, [`Error::Range`] is for addresses that wrap; `bytes` is then as it was. After
     /// [`Error::Transfer`], which is the kernel's refusal, some of it may have been read.
     pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<()> {
+        if let Some((pin, offset)) = self.access_one(gpa, bytes.len()) {
+            return pin.backend.read_shared(offset, bytes);
+        }
         for piece in self.access(gpa, bytes.len())? {
             let bytes = &mut bytes[piece.bytes.clone()];
             piece.pin.backend.read_shared(piece.offset, bytes)?;
@@ -150,11 +153,28 @@ impl Vm {
     /// As for [`Vm::read`]: nothing is written unless all of it can be. Only [`Error::Transfer`] may
     /// come after a part has been written.
     pub fn write(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
+        if let Some((pin, offset)) = self.access_one(gpa, bytes.len()) {
+            return pin.backend.write_shared(offset, bytes);
+        }
         for piece in self.access(gpa, bytes.len())? {
             let bytes = &bytes[piece.bytes.clone()];
             piece.pin.backend.write_shared(piece.offset, bytes)?;
         }
         Ok(())
+    }
+
+    /// Pins the pages of an access, and says where in their file it begins: if one window shows all
+    /// of it, as mostly, and nothing is to be waited for or refused.
+    #[inline]
+    fn access_one(&self, gpa: u64, length: usize) -> Option<(Pin, u64)> {
+        let guest = GuestPages::covering_bytes(gpa, length as u64)?;
+        // Until they are pinned: pins keep states, not windows.
+        let places = self.places.read();
+        let window = places.windows.showing(guest)?;
+        let (backend, pages) = (places.backend(window.backend)?, window.file);
+        let may_use = backend.add_pin(pages) || backend.check_pin(pages).is_ok();
+        let offset = pages.start_bytes() + gpa % PAGE_SIZE;
+        may_use.then(|| (Pin { backend, pages }, offset))
     }
 
     /// Checks an access and pins its pages.
@@ -176,7 +196,7 @@ impl Vm {
             let pieces = windows.map(|window| self.piece(window, gpa, length));
             let pieces = pieces.collect::<Result<_>>()?;
             // Pins keep states, not windows.
-            if self.windows.read().layout() == layout {
+            if self.places.read().windows.layout() == layout {
                 return Ok(pieces);
             }
         }

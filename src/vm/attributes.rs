@@ -51,7 +51,7 @@ impl Vm {
             let set = in_place.set_attributes(pages, view);
             return set.map_err(|refusal| refused(backend, pages, view, refusal));
         }
-        let places = self.windows.read().places(backend.id(), pages, view);
+        let places = self.places.read().windows.places(backend.id(), pages, view);
         places
             .into_iter()
             .try_for_each(|guest| self.set_attributes_at(guest, view))

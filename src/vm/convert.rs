@@ -158,7 +158,7 @@ impl Vm {
     /// The pages around a range that nobody has decided, as far as a touch reaches. They lie in one
     /// window with it.
     fn undecided_around(&self, guest: GuestPages) -> Option<(Arc<Backend>, FilePages)> {
-        let (window, page) = self.windows.read().around(guest)?;
+        let (window, page) = self.places.read().windows.around(guest)?;
         let backend = self.backend(window.backend)?;
         let pages = backend.undecided_around(page, window.file)?;
         Some((backend, pages))
@@ -203,8 +203,8 @@ impl Vm {
             return Err(Error::Unbound { guest });
         }
         if backend.mode() == Mode::InPlace {
-            let windows = self.windows.read();
-            if let Some(unbound) = windows.unbound_place(backend.id(), window.file) {
+            let places = self.places.read();
+            if let Some(unbound) = places.windows.unbound_place(backend.id(), window.file) {
                 return Err(Error::ShownUnbound { guest, unbound });
             }
         }

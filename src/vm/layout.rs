@@ -31,13 +31,14 @@ impl Vm {
         check_no_callback(self.id())?;
         let file = backend.pages_at(offset, guest.bytes())?;
         let _layout = self.layout.lock();
-        let stale = self.windows.read().stale_in(guest);
+        let stale = self.places.read().windows.stale_in(guest);
         let _claim = self.claim_layout(
             stale.iter().map(|w| (w.backend, w.file)),
             Some((backend.id(), file)),
         );
 
-        let mut windows = self.windows.write();
+        let mut places = self.places.write();
+        let windows = &mut places.windows;
         let binding = match wanted {
             Binding::Bound if backend.is_bindable() && !windows.is_bound(backend.id(), file) => {
                 Binding::Bound
@@ -49,13 +50,13 @@ impl Vm {
             .ok_or_else(|| backend.outside(offset, guest.bytes()))?;
         windows.add(window)?;
         let (other, fresh) = windows.take_stale_under(&window);
-        drop(windows);
+        drop(places);
 
         let result = self
             .clear_attributes(&other)
             .and_then(|()| self.set_where_private(&fresh));
         if result.is_err() {
-            self.windows.write().take_back(window, other);
+            self.places.write().windows.take_back(window, other);
         }
         result.map(|()| binding)
     }
@@ -71,7 +72,7 @@ impl Vm {
     pub fn remove_window(&self, guest: GuestPages) -> Result<()> {
         check_no_callback(self.id())?;
         let _layout = self.layout.lock();
-        match self.windows.write().remove(guest) {
+        match self.places.write().windows.remove(guest) {
             Some(_) => Ok(()),
             None => Err(Error::NoWindow { guest }),
         }
@@ -84,13 +85,13 @@ impl Vm {
     pub fn clear_stale_windows(&self) -> Result<()> {
         check_no_callback(self.id())?;
         let _layout = self.layout.lock();
-        let stale = self.windows.read().stale();
+        let stale = self.places.read().windows.stale();
         if stale.is_empty() {
             return Ok(());
         }
         let _claim = self.claim_layout(stale.iter().map(|w| (w.backend, w.file)), None);
         self.clear_attributes(&stale)?;
-        self.windows.write().forget_stale();
+        self.places.write().windows.forget_stale();
         Ok(())
     }
 

@@ -42,20 +42,44 @@ const STEP_PAGES: u64 = 1 << 18;
 pub struct Vm {
     id: VmId,
     owner: RwLock<Arc<dyn Owner>>,
-    pub(crate) windows: RwLock<WindowTable>,
+    pub(crate) places: RwLock<Places>,
     /// Held while windows are added and removed, system calls included. No conversion takes it.
     layout: Mutex<()>,
-    /// By number. One that has been removed leaves its place empty: no number comes again.
-    backends: RwLock<Vec<Option<Arc<Backend>>>>,
     pub(crate) claims: Claims,
     pub(crate) listener: Caller,
+}
+
+/// Where pages of which backends appear.
+#[derive(Default)]
+pub(crate) struct Places {
+    pub(crate) windows: WindowTable,
+    /// By number. One that has been removed leaves its place empty: no number comes again.
+    backends: Vec<Option<Arc<Backend>>>,
+}
+
+impl Places {
+    fn new_id(&mut self) -> BackendId {
+        self.backends.push(None);
+        BackendId((self.backends.len() - 1) as u32)
+    }
+
+    fn set_backend(&mut self, id: BackendId, backend: Option<Arc<Backend>>) {
+        if let Some(place) = self.backends.get_mut(id.0 as usize) {
+            *place = backend;
+        }
+    }
+
+    /// The backend of a window.
+    fn backend(&self, id: BackendId) -> Option<Arc<Backend>> {
+        self.backends.get(id.0 as usize)?.clone()
+    }
 }
 
 impl fmt::Debug for Vm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Vm")
             .field("owner", &self.owner)
-            .field("windows", &self.windows)
+            .field("windows", &self.places.read().windows)
             .finish_non_exhaustive()
     }
 }
@@ -68,9 +92,8 @@ impl Vm {
         Self {
             id,
             owner: RwLock::new(owner),
-            windows: RwLock::default(),
+            places: RwLock::default(),
             layout: Mutex::default(),
-            backends: RwLock::default(),
             claims: Claims::default(),
             listener: Caller::new(listener, id),
         }
@@ -102,10 +125,9 @@ impl Vm {
     }
 
     fn add_backend(&self, config: BackendConfig, created: Created) -> Result<Arc<Backend>> {
-        let mut backends = self.backends.write();
-        let id = BackendId(backends.len() as u32);
+        let id = self.places.write().new_id();
         let backend = Arc::new(Backend::new(self.id, id, config, created)?);
-        backends.push(Some(backend.clone()));
+        self.places.write().set_backend(id, Some(backend.clone()));
         Ok(backend)
     }
 
@@ -118,7 +140,7 @@ impl Vm {
     pub fn remove_backend(&self, backend: &Backend) -> Result<()> {
         backend.check_vm(self.id)?;
         check_no_callback(self.id)?;
-        if self.windows.read().shows(backend.id()) {
+        if self.places.read().windows.shows(backend.id()) {
             return Err(Error::InUse {
                 what: "a backend cannot be removed",
                 user: "the guest has windows on it",
@@ -126,12 +148,10 @@ impl Vm {
         }
         if backend.mode() == Mode::InPlace {
             // Its file keeps the attributes, and goes.
-            self.windows.write().forget_stale_of(backend.id());
+            self.places.write().windows.forget_stale_of(backend.id());
         }
         let cleared = self.clear_stale_windows();
-        if let Some(place) = self.backends.write().get_mut(backend.id().0 as usize) {
-            *place = None;
-        }
+        self.places.write().set_backend(backend.id(), None);
         cleared
     }
 
@@ -160,7 +180,7 @@ impl Vm {
 
     /// Does any window show a part of this range?
     pub fn owns(&self, guest: GuestPages) -> bool {
-        self.windows.read().owns(guest)
+        self.places.read().windows.owns(guest)
     }
 }
 
@@ -176,16 +196,17 @@ impl Vm {
 
     /// The backend of a window.
     pub(crate) fn backend(&self, id: BackendId) -> Option<Arc<Backend>> {
-        self.backends.read().get(id.0 as usize)?.clone()
+        self.places.read().backend(id)
     }
 
     fn all_backends(&self) -> Vec<Arc<Backend>> {
-        self.backends.read().iter().flatten().cloned().collect()
+        let places = self.places.read();
+        places.backends.iter().flatten().cloned().collect()
     }
 
     /// What a range shows, and in which layout.
     pub(crate) fn parts(&self, guest: GuestPages) -> (SmallList<Part>, Layout) {
-        let windows = self.windows.read();
+        let windows = &self.places.read().windows;
         (windows.resolve(guest), windows.layout())
     }
 
@@ -199,7 +220,7 @@ impl Vm {
     ) -> Result<Option<Claim<'_>>> {
         let claim = self.claims.claim(wanted, || self.is_interrupted());
         let claim = claim.ok_or(Error::Interrupted { guest })?;
-        let is_same = self.windows.read().layout() == layout;
+        let is_same = self.places.read().windows.layout() == layout;
         Ok(is_same.then_some(claim))
     }
 

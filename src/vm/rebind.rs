@@ -32,7 +32,7 @@ impl Vm {
         let backends = self.all_backends();
         let notifier = self.begin()?;
         let _layout = self.layout.lock();
-        if !self.windows.read().is_empty() {
+        if !self.places.read().windows.is_empty() {
             return Err(Error::InUse {
                 what: "a VM cannot get a new owner",
                 user: "the guest has windows",
@@ -53,7 +53,7 @@ impl Vm {
             empty_shared_view(backend)?;
         }
         // Their attributes went with the old owner.
-        self.windows.write().forget_stale();
+        self.places.write().windows.forget_stale();
         *self.owner.write() = owner;
         let mut result = Ok(());
         // All of them start over, though the listener panics.

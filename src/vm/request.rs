@@ -110,7 +110,7 @@ impl Vm {
 
     fn backend_at(&self, gpa: u64) -> Option<Arc<Backend>> {
         let page = GuestPages::covering_bytes(gpa, 1)?;
-        let id = self.windows.read().at(page)?.backend;
+        let id = self.places.read().windows.at(page)?.backend;
         self.backend(id)
     }
 }
