@@ -41,4 +41,7 @@ pub use pages::states::{PageState, View};
 pub use views::{Mode, ViewFile, Views};
 pub use vm::Vm;
 pub use vm::access::Pin;
+pub use vm::guest_memory::SlicePin;
+/// The version whose traits [`Vm`] implements.
+pub use vm_memory;
 pub use windows::Binding;

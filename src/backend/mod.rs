@@ -5,6 +5,7 @@
 mod config;
 pub(crate) mod create;
 mod debts;
+mod host;
 pub mod map;
 pub mod reach;
 pub mod stats;
@@ -16,6 +17,7 @@ use parking_lot::Mutex;
 
 use crate::backend::create::Created;
 use crate::backend::debts::Debts;
+use crate::backend::host::HostMapping;
 use crate::backend::reach::{Chunk, ChunkPredictor};
 use crate::backend::stats::Counters;
 use crate::error::{Error, Result};
@@ -44,6 +46,7 @@ pub struct Backend {
     closed: Closed,
     pub(crate) pins: Pins,
     views: Mutex<Arc<Views>>,
+    host_mapping: HostMapping,
     debts: Debts,
     lazy: Option<Chunk>,
     /// With lazy attributes.
@@ -83,6 +86,7 @@ impl Backend {
             predictor: lazy.map(|chunk| Mutex::new(ChunkPredictor::new(chunk))),
             config,
             views: Mutex::new(Arc::new(views)),
+            host_mapping: HostMapping::default(),
             debts: Debts::default(),
             counters: Counters::default(),
         })
@@ -130,6 +134,7 @@ impl Backend {
 
     pub(crate) fn replace_views(&self, views: Views) {
         *self.views.lock() = Arc::new(views);
+        self.host_mapping.forget();
     }
 
     /// Checks that it belongs to a VM.

@@ -41,12 +41,12 @@ impl Drop for Pin {
 }
 
 /// What one window has of an access.
-struct Piece {
-    pin: Pin,
+pub(super) struct Piece {
+    pub(super) pin: Pin,
     /// Of the first byte, in the backend's files.
-    offset: u64,
+    pub(super) offset: u64,
     /// Which bytes of the caller's.
-    bytes: Range<usize>,
+    pub(super) bytes: Range<usize>,
 }
 
 impl Vm {
@@ -178,7 +178,7 @@ impl Vm {
     }
 
     /// Checks an access and pins its pages.
-    fn access(&self, gpa: u64, length: usize) -> Result<SmallList<Piece>> {
+    pub(super) fn access(&self, gpa: u64, length: usize) -> Result<SmallList<Piece>> {
         let size = length as u64;
         if size == 0 {
             return Ok(SmallList::new());

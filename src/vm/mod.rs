@@ -6,6 +6,7 @@ pub(crate) mod access;
 mod attributes;
 mod convert;
 mod free;
+pub(crate) mod guest_memory;
 mod layout;
 mod moves;
 mod rebind;

@@ -16,12 +16,19 @@ const NEXT: u64 = HIGH + 8;
 const PAGE: usize = PAGE_SIZE as usize;
 
 fn machine(discard: Discard) -> Machine {
-    let machine = Machine::with(discard, PageState::Undecided);
+    with_next(Machine::with(discard, PageState::Undecided))
+}
+
+pub(crate) fn with_next(machine: Machine) -> Machine {
     let next = guest(NEXT, NEXT + 4);
-    let bound = machine
+    let wanted = match machine.backend.mode() {
+        Mode::InPlace => Binding::SharedAlias,
+        _ => Binding::Unbound,
+    };
+    let added = machine
         .vm
-        .add_window(&machine.backend, next, 4 * PAGE_SIZE, Binding::Bound);
-    assert_eq!(bound.unwrap(), Binding::Unbound);
+        .add_window(&machine.backend, next, 4 * PAGE_SIZE, wanted);
+    assert_eq!(added.unwrap(), wanted);
     machine
 }
 
@@ -34,14 +41,14 @@ fn file_page(page: u64) -> Option<u64> {
 }
 
 /// What the shared view of a backend holds.
-struct Model {
+pub(crate) struct Model {
     bytes: Vec<u8>,
     allocated: Vec<bool>,
 }
 
 /// What must come of an access.
 #[derive(Debug, PartialEq)]
-enum Outcome {
+pub(crate) enum Outcome {
     Done,
     Private(u64),
     Nobody(u64),
@@ -56,7 +63,7 @@ impl Model {
     }
 
     /// Where each byte of an access lies in the backend, and what must come of it.
-    fn places(states: &[PageState], gpa: u64, length: usize) -> (Vec<usize>, Outcome) {
+    pub(crate) fn places(states: &[PageState], gpa: u64, length: usize) -> (Vec<usize>, Outcome) {
         let addresses = || gpa..gpa + length as u64;
         let page_of = |gpa| file_page(gpa / PAGE_SIZE);
         if let Some(gpa) = addresses().find(|gpa| page_of(*gpa).is_none()) {
@@ -214,7 +221,7 @@ fn a_kernel_that_refuses_is_named() {
 }
 
 /// Ends the other threads of a test however this one ends.
-struct SetOnDrop<'a>(&'a AtomicBool);
+pub(crate) struct SetOnDrop<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
@@ -235,8 +242,8 @@ fn accesses_and_conversions_of_the_same_pages_exclude_each_other() {
             let _done = SetOnDrop(&done);
             for round in 0..200 {
                 let to = [View::Private, View::Shared][round % 2];
-                machine.vm.convert(guest(1, 3), to).unwrap();
-                machine.vm.convert(guest(2, 4), to).unwrap();
+                machine.convert_in_the_end(guest(1, 3), to);
+                machine.convert_in_the_end(guest(2, 4), to);
             }
         });
         for _ in 0..2 {

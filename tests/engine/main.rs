@@ -14,6 +14,7 @@ mod callbacks;
 mod discards;
 mod failures;
 mod fault;
+mod guest_memory;
 mod in_place;
 mod layout;
 mod lazy_attributes;
