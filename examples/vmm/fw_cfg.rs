@@ -2,8 +2,11 @@
 
 //! QEMU's firmware configuration device (docs/specs/fw_cfg.rst), read by DMA: items with what the
 //! guest wants to know, copied to where it wants them.
+//!
+//! It knows guest memory as any device of rust-vmm does. What it uses is pinned meanwhile, and what is
+//! the guest's alone is an error: both are the library's doing.
 
-use guestmemfd::{Result, Vm};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryResult};
 
 /// The address of a transfer's description: its high half, and its low half, which starts it.
 pub(crate) const DMA_HIGH: u16 = 0x514;
@@ -69,29 +72,30 @@ impl FwCfg {
     }
 
     /// The guest has written to the device's registers.
-    pub(crate) fn write(&mut self, vm: &Vm, port: u16, value: [u8; 4]) {
+    pub(crate) fn write(&mut self, memory: &impl GuestMemory, port: u16, value: [u8; 4]) {
         let value = u32::from_be_bytes(value);
         if port == DMA_HIGH {
             self.high = value;
             return;
         }
         let at = u64::from(std::mem::take(&mut self.high)) << 32 | u64::from(value);
-        let result = self.transfer(vm, at);
+        let at = GuestAddress(at);
+        let result = self.transfer(memory, at);
         let control = match &result {
             Ok(true) => 0,
             Ok(false) | Err(_) => ERROR,
         };
         // Where the description cannot be written, the guest waits in vain, as under QEMU.
-        let told = vm.write(at, &control.to_be_bytes());
+        let told = memory.write_slice(&control.to_be_bytes(), at);
         for error in [result.err(), told.err()].into_iter().flatten() {
             eprintln!("fw_cfg: {error}");
         }
     }
 
     /// Carries out what is described at an address; false if it is not understood.
-    fn transfer(&mut self, vm: &Vm, at: u64) -> Result<bool> {
+    fn transfer(&mut self, memory: &impl GuestMemory, at: GuestAddress) -> GuestMemoryResult<bool> {
         let mut description = [0; 16];
-        vm.read(at, &mut description)?;
+        memory.read_slice(&mut description, at)?;
         let [control, length, high, low] = [0, 4, 8, 12].map(|at| {
             let word = &description[at..at + 4];
             u32::from_be_bytes([word[0], word[1], word[2], word[3]])
@@ -107,7 +111,7 @@ impl FwCfg {
         let length = length as usize;
         if control & READ != 0 {
             let address = u64::from(high) << 32 | u64::from(low);
-            vm.write(address, &self.next(length))?;
+            memory.write_slice(&self.next(length), GuestAddress(address))?;
         }
         if control & (READ | SKIP) != 0 {
             self.offset += length;
