@@ -13,6 +13,7 @@ use crate::pages::states::View;
 
 /// Which views can appear in a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Binding {
     /// Its KVM slot carries the guest_memfd: both views.
     Bound,
@@ -132,6 +133,7 @@ impl Part {
 /// A window where there is one already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("window at {wanted} overlaps the window at {present}")]
+#[non_exhaustive]
 pub struct Overlap {
     /// Where a window was to be.
     pub wanted: GuestPages,
@@ -179,6 +181,9 @@ impl WindowTable {
     }
 
     /// Can a window be put here?
+    ///
+    /// # Errors
+    /// The window that is in the way.
     pub fn check_free(&self, guest: GuestPages) -> Result<(), Overlap> {
         match self.overlapping(guest).first() {
             None => Ok(()),
@@ -206,6 +211,9 @@ impl WindowTable {
     }
 
     /// Adds a window.
+    ///
+    /// # Errors
+    /// The window that is in the way.
     pub fn add(&mut self, window: Window) -> Result<(), Overlap> {
         self.check_free(window.guest)?;
         let at = self.windows.partition_point(|w| w.guest < window.guest);

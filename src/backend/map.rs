@@ -14,6 +14,7 @@ const PAGES_AT_ONCE: u64 = 1 << 20;
 
 /// States of a range of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StateMap {
     /// Neighbouring pages of one state, in order. Neighbouring runs differ.
     pub runs: Vec<(FilePages, PageState)>,

@@ -5,7 +5,7 @@
 //! Rules: functions return 0 (or what they are documented to return) or a negative errno, and then
 //! fill the error that the caller passed, if any. No panic crosses the border: it becomes
 //! `-EIO`. Pointers are checked for NULL and otherwise trusted: C callers keep them valid. Each entry
-//! turns its pointers into references once, by [`arg`] and [`Out::new`], before it does anything.
+//! turns its pointers into references once, by `arg` and `Out::new`, before it does anything.
 #![allow(non_camel_case_types)] // the names are C's
 #![allow(clippy::missing_safety_doc)] // the rules above hold for every function
 

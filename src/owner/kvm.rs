@@ -44,6 +44,9 @@ pub struct KvmOwner {
 
 impl KvmOwner {
     /// Takes duplicates of `/dev/kvm` and of the VM.
+    ///
+    /// # Errors
+    /// [`Error::Descriptor`] if one of them is none, or cannot be duplicated.
     pub fn new(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>) -> Result<Self> {
         let duplicate = |fd: BorrowedFd<'_>, what| {
             fd.try_clone_to_owned()

@@ -21,7 +21,7 @@ use crate::pages::states::View;
 use crate::views::ViewFile;
 use crate::views::in_place::InPlaceFile;
 
-/// Runs the guest, and lets it see one view of each page.
+/// Runs the guest, and lets it see one view of each page. Functions that are added have defaults.
 pub trait Owner: Debug + Send + Sync {
     /// Can guests of this owner have private memory in a file that keeps attributes itself? Not
     /// unless an owner says so.

@@ -6,6 +6,6 @@
 pub(crate) mod bitmap;
 pub(crate) mod closed;
 pub mod ranges;
-pub mod set;
+pub(crate) mod set;
 pub mod states;
 pub(crate) mod zeroed;

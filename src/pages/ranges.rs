@@ -40,6 +40,7 @@ pub type FilePages = Pages<FileSpace>;
 
 /// Why two numbers are no range of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RangeError {
     /// No page in it.
     #[error("range at {start:#x} is empty")]
@@ -88,6 +89,9 @@ impl<S> Pages<S> {
     }
 
     /// From bytes: both numbers must be multiples of [`PAGE_SIZE`].
+    ///
+    /// # Errors
+    /// Why they are no range of pages.
     pub fn from_bytes(start: u64, size: u64) -> Result<Self, RangeError> {
         if start % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
             return Err(RangeError::Unaligned { start, size });
@@ -102,6 +106,9 @@ impl<S> Pages<S> {
     }
 
     /// From a byte address and a number of pages, as `KVM_HC_MAP_GPA_RANGE` gives them.
+    ///
+    /// # Errors
+    /// As for [`Pages::from_bytes`].
     pub fn from_address_and_pages(start: u64, pages: u64) -> Result<Self, RangeError> {
         let size = pages
             .checked_mul(PAGE_SIZE)

@@ -10,7 +10,7 @@ use crate::pages::ranges::{PAGE_SIZE, Pages};
 
 /// A set of pages, kept as disjoint ranges that do not touch.
 #[derive(Debug)]
-pub struct PageSet<S> {
+pub(crate) struct PageSet<S> {
     /// From the first page of a range to the page behind it.
     ranges: BTreeMap<u64, u64>,
     pages: u64,
@@ -29,7 +29,7 @@ impl<S> Default for PageSet<S> {
 
 impl<S: Copy> PageSet<S> {
     /// Adds pages; some may be in the set already.
-    pub fn insert(&mut self, pages: Pages<S>) {
+    pub(crate) fn insert(&mut self, pages: Pages<S>) {
         let (start, mut end) = (pages.start(), pages.end());
         let behind = |end| (Bound::Excluded(start), Bound::Included(end));
         while let Some((&next, &its_end)) = self.ranges.range(behind(end)).next() {
@@ -52,7 +52,7 @@ impl<S: Copy> PageSet<S> {
     }
 
     /// Removes pages; some may not be in the set.
-    pub fn remove(&mut self, pages: Pages<S>) {
+    pub(crate) fn remove(&mut self, pages: Pages<S>) {
         while let Some((start, end)) = self.first_from(pages.start(), pages.end()) {
             self.ranges.remove(&start);
             self.pages -= end - start;
@@ -66,7 +66,7 @@ impl<S: Copy> PageSet<S> {
     }
 
     /// Those of the given pages that are in the set.
-    pub fn within(&self, pages: Pages<S>) -> Vec<Pages<S>> {
+    pub(crate) fn within(&self, pages: Pages<S>) -> Vec<Pages<S>> {
         if self.is_empty() {
             return Vec::new();
         }
@@ -80,7 +80,7 @@ impl<S: Copy> PageSet<S> {
     }
 
     /// The first range of the given pages that are in the set.
-    pub fn first_in(&self, pages: Pages<S>) -> Option<Pages<S>> {
+    pub(crate) fn first_in(&self, pages: Pages<S>) -> Option<Pages<S>> {
         let (start, end) = self.first_from(pages.start(), pages.end())?;
         Pages::new(start.max(pages.start()), end.min(pages.end()))
     }
@@ -98,12 +98,12 @@ impl<S: Copy> PageSet<S> {
     }
 
     /// Is it empty?
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
 
     /// Bytes in the set, without a scan.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.pages * PAGE_SIZE
     }
 }

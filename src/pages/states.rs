@@ -100,6 +100,7 @@ impl From<View> for PageState {
 }
 
 /// The states of all pages of a backend. 64 MiB for a backend of 1 TiB.
+#[doc(hidden)] // for benchmarks
 #[derive(Debug)]
 pub struct PageStates {
     shared: Bitmap,

@@ -24,6 +24,7 @@ pub trait InPlaceFile: ViewFile {
 
 /// Why attributes have not been set.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Refusal {
     /// The kernel found a page that somebody uses, by its number; it may be free at once.
     InUse {
@@ -36,6 +37,7 @@ pub enum Refusal {
 
 /// One file, and its views.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct InPlace {
     /// The guest_memfd.
     pub file: Arc<dyn InPlaceFile>,

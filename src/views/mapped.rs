@@ -17,6 +17,7 @@ use crate::views::{KernelFile, ViewFile};
 
 /// One guest_memfd, which the host maps. Every page is shared and stays so.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Mapped {
     /// The guest_memfd.
     pub file: Arc<dyn ViewFile>,

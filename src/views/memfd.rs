@@ -30,6 +30,9 @@ impl KernelFile {
     }
 
     /// A memfd of this size, which nobody can resize.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
     pub fn memfd(name: &str, bytes: u64) -> io::Result<Self> {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         retry_on_intr(|| rustix::fs::ftruncate(&fd, bytes))?;

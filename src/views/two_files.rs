@@ -9,6 +9,7 @@ use crate::views::ViewFile;
 
 /// A guest_memfd for private pages, and a file that the host maps for shared ones.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct TwoFiles {
     /// The guest_memfd.
     pub private: Arc<dyn ViewFile>,

@@ -39,7 +39,7 @@ const STEP_PAGES: u64 = 1 << 18;
 /// A VM with backends. All functions may be called from any thread.
 ///
 /// Locks are held for lookups only, never across a system call; what keeps a range of pages stable
-/// while the kernel works is a [claim](crate::exclusion::claims).
+/// while the kernel works is a claim.
 pub struct Vm {
     id: VmId,
     owner: RwLock<Arc<dyn Owner>>,
