@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+// SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! How long a request holds others up, and how much memory it takes, if no two neighbouring pages
 //! are alike: 64 GiB with an owner and files that take no time, 4 GiB with real files. And what a

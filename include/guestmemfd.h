@@ -23,7 +23,7 @@
 /**
  * Number of the interface that this header describes, for guestmemfd_vm_new().
  */
-#define GUESTMEMFD_ABI 8
+#define GUESTMEMFD_ABI 9
 
 /**
  * Elements of the histograms of guestmemfd_stats.

@@ -14,7 +14,7 @@ use crate::views::Mode;
 use crate::vm::Vm;
 
 /// Number of the interface that this header describes, for guestmemfd_vm_new().
-pub const GUESTMEMFD_ABI: u32 = 8;
+pub const GUESTMEMFD_ABI: u32 = 9;
 
 /// One of the two views of a page: one of GUESTMEMFD_VIEW_*.
 pub type guestmemfd_view = u32;
