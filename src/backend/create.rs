@@ -167,7 +167,11 @@ fn choose_mode(owner: &dyn Owner, config: &BackendConfig) -> Result<Mode> {
 fn never_mapped() -> Result<()> {
     Err(Error::Unsupported {
         wanted: "memory that the host maps".into(),
-        found: "the guest is confidential".into(),
+        found:
+            "the guest is confidential, and part of its memory is for itself alone; use mode=auto, \
+                mode=in-place (Linux 7.4 or later, with kvm.gmem_in_place_conversion=1) or \
+                mode=private (a kernel with CONFIG_KVM_VM_MEMORY_ATTRIBUTES)"
+                .into(),
     })
 }
 

@@ -57,7 +57,7 @@ class Refusals(ConfidentialTest):
             ({"size": 1000000}, "multiple of"),
             ({"size": MIB, "share": False}, "share=off is not possible"),
             ({"size": MIB, "discard": "never"}, "never"),
-            ({"size": MIB, "mode": "mapped"}, "INIT_SHARED"),
+            ({"size": MIB, "mode": "mapped"}, "the guest is confidential"),
             ({"size": MIB, "lazy_chunk": 2048}, "power of two"),
         ):
             why = self.call("refusal", "object-add", qom_type=BACKEND, id="extra", **properties)

@@ -79,7 +79,8 @@ fn bad_properties() -> Vec<Test> {
             "mode-mapped",
             backend("size=256M,mode=mapped"),
             &[
-                "mode=mapped is not possible: a guest_memfd that the host maps: KVM_CAP_GUEST_MEMFD_FLAGS lacks",
+                "mode=mapped is not possible: memory that the host maps: the guest is confidential",
+                "kvm.gmem_in_place_conversion=1",
             ],
         ),
         (
@@ -120,7 +121,7 @@ fn bad_machines() -> Vec<Test> {
             "ordinary-vm-hugetlb",
             &[Need::MappedMemory],
             ordinary("size=256M,hugetlb=on"),
-            &["'hugetlb' is unexpected"],
+            &["Invalid parameter 'hugetlb'"],
         ),
         refused(
             "ordinary-vm-lazy-attributes",

@@ -67,7 +67,10 @@ fn bad_objects() -> [(Value, &'static str); 11] {
         (json!({"size": 1_u64 << 60}), "large"),
         (json!({"size": 1 << 20, "share": false}), "share"),
         (json!({"size": 1 << 20, "mode": "sideways"}), "sideways"),
-        (json!({"size": 1 << 20, "mode": "mapped"}), "INIT_SHARED"),
+        (
+            json!({"size": 1 << 20, "mode": "mapped"}),
+            "the guest is confidential",
+        ),
         (json!({"size": 1 << 20, "discard": "never"}), "never"),
         (
             json!({"size": 1 << 20, "lazy-attributes": "maybe"}),
