@@ -3,14 +3,15 @@
 //! Guest memory in KVM guest_memfd: which page is private to the guest, which is shared with the
 //! host, and moving pages between the two.
 //!
-//! A [`Vm`] holds an [`Owner`] (the hypervisor), windows (where pages appear in guest physical space)
-//! and [backends](backend). A [`Backend`] has two views of each of its pages, private and shared, and a
-//! [state](pages::states) for each. A guest's hypercall and a guest's memory fault both end in
-//! [`Vm::convert`]. The host reaches guest memory by [`Vm::read`] and [`Vm::write`]; for the devices of
-//! rust-vmm, [`Vm`] is a [`GuestMemory`](vm_memory::GuestMemory). What the library asks of its user, and
-//! tells him, goes through a [`Listener`].
+//! A [`Vm`] holds an [`Owner`] (the hypervisor), windows (where pages appear in guest physical
+//! space) and [backends](backend). A [`Backend`] has two views of each of its pages, private and
+//! shared, and a [state](pages::states) for each. A guest's hypercall and a guest's memory fault
+//! both end in [`Vm::convert`]. The host reaches guest memory by [`Vm::read`] and [`Vm::write`];
+//! for the devices of rust-vmm, [`Vm`] is a [`GuestMemory`](vm_memory::GuestMemory). What the
+//! library asks of its user, and tells him, goes through a [`Listener`].
 //!
-//! No thread is started unless somebody asks for one, by `StrayGuard::spawn` of the feature `guard`.
+//! No thread is started unless somebody asks for one, by `StrayGuard::spawn` of the feature
+//! `guard`.
 //!
 //! C programs use it through the header `guestmemfd.h`, see [`ffi`].
 

@@ -40,24 +40,24 @@ pub struct Stray {
 
 /// The user of a VM. Every function has a default that does nothing, or refuses.
 ///
-/// All but `stray` are called from the thread that entered the library, and `log` from the thread of
-/// a stray guard as well. None may ask for a conversion, free pages or change the layout: such a call
-/// fails with [`Error::InCallback`]. Pins, reads, writes and questions about states are allowed, but
-/// not of pages that another request may be moving, which would wait for it.
+/// All but `stray` are called from the thread that entered the library, and `log` from the thread
+/// of a stray guard as well. None may ask for a conversion, free pages or change the layout: such a
+/// call fails with [`Error::InCallback`]. Pins, reads, writes and questions about states are
+/// allowed, but not of pages that another request may be moving, which would wait for it.
 ///
 /// `begin` and `end` bracket every step of a conversion, and of what frees pages. `begin` comes
-/// before any claim is taken, so it is the place for locks that `map` and `unmap` need: a thread that
-/// holds such a lock may itself wait for a claim. Register those who are told by `map` and `unmap`
-/// before `begin` answers: one that comes later is not told of this step.
+/// before any claim is taken, so it is the place for locks that `map` and `unmap` need: a thread
+/// that holds such a lock may itself wait for a claim. Register those who are told by `map` and
+/// `unmap` before `begin` answers: one that comes later is not told of this step.
 ///
-/// A listener may use undecided pages, which nobody tells it of, and a device of its may be doing so.
-/// Where `begin` answers yes, a private touch therefore decides its own page alone, whatever lazy
-/// attributes say.
+/// A listener may use undecided pages, which nobody tells it of, and a device of its may be doing
+/// so. Where `begin` answers yes, a private touch therefore decides its own page alone, whatever
+/// lazy attributes say.
 ///
 /// A panic in any of them leaves the library usable. The step that it comes in changes no page, and
-/// takes back what it has told of other pages; a panic in `end` or `log` comes after the step. Of the
-/// pages that a function panics at the library has told nothing, as far as it is concerned. `stray`
-/// and what a guard logs are the exception: their panics end there, and the guard goes on.
+/// takes back what it has told of other pages; a panic in `end` or `log` comes after the step. Of
+/// the pages that a function panics at the library has told nothing, as far as it is concerned.
+/// `stray` and what a guard logs are the exception: their panics end there, and the guard goes on.
 pub trait Listener: Send + Sync {
     /// A step begins. Are `map` and `unmap` to be called in it?
     fn begin(&self) -> bool {
@@ -83,16 +83,16 @@ pub trait Listener: Send + Sync {
         let _ = (backend, pages);
     }
 
-    /// A backend has new files, as a new owner needs them. Where the host maps the shared one, it is to
-    /// be mapped anew, now: `unmap` has been told before of all pages whose file has gone, and `map`
-    /// is told after this of those that may be used.
+    /// A backend has new files, as a new owner needs them. Where the host maps the shared one, it
+    /// is to be mapped anew, now: `unmap` has been told before of all pages whose file has gone,
+    /// and `map` is told after this of those that may be used.
     fn new_files(&self, backend: &Backend) {
         let _ = backend;
     }
 
     /// Pages are to become private, and the host has pinned some of them. Whoever can do without
-    /// lets go of its pins now, or soon: the request waits for those that stay. Called with no claim
-    /// held, and not between `begin` and `end`.
+    /// lets go of its pins now, or soon: the request waits for those that stay. Called with no
+    /// claim held, and not between `begin` and `end`.
     fn revoke(&self, backend: &Backend, pages: FilePages) {
         let _ = (backend, pages);
     }
@@ -117,15 +117,16 @@ pub trait Listener: Send + Sync {
         false
     }
 
-    /// A request of the guest's that begins in `backend` could not be served: the kernel, the host's
-    /// pins or this listener were in the way. Earlier steps of it have taken effect, this one has
-    /// changed nothing. Called after `end`; a guest can have it called as often as it likes.
+    /// A request of the guest's that begins in `backend` could not be served: the kernel, the
+    /// host's pins or this listener were in the way. Earlier steps of it have taken effect, this
+    /// one has changed nothing. Called after `end`; a guest can have it called as often as it
+    /// likes.
     fn failed(&self, backend: Option<&Backend>, guest: GuestPages, to: View, error: &Error) {
         let _ = (backend, guest, to, error);
     }
 
-    /// A stray guard has caught somebody. Called from its thread, with no claim held; the thread that
-    /// was caught waits meanwhile.
+    /// A stray guard has caught somebody. Called from its thread, with no claim held; the thread
+    /// that was caught waits meanwhile.
     fn stray(&self, backend: &Backend, stray: Stray) {
         let _ = (backend, stray);
     }

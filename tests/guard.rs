@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Accesses to private pages that go around every check, caught by a guard. The files are real memfds
-//! with real mappings; only the hypervisor is the software owner.
+//! Accesses to private pages that go around every check, caught by a guard. The files are real
+//! memfds with real mappings; only the hypervisor is the software owner.
 
 #![allow(clippy::unwrap_used)] // a failed unwrap is a failed test
 
@@ -95,7 +95,8 @@ impl Machine {
     }
 
     fn guard_at(&self, address: usize) -> Result<StrayGuard> {
-        // SAFETY: the mapping lives as long as the machine; where there is none, the kernel refuses.
+        // SAFETY: the mapping lives as long as the machine; where there is none, the kernel
+        // refuses.
         unsafe { self.vm.guard(&self.backend, address) }
     }
 
@@ -235,8 +236,8 @@ fn what_another_mapping_leaves_is_found_and_freed() {
     assert_eq!(machine.allocated(), 0);
 }
 
-/// Threads touch what they may while others convert it. Whoever loses the race is a stray; no private
-/// page keeps what it left, and the guard goes on.
+/// Threads touch what they may while others convert it. Whoever loses the race is a stray; no
+/// private page keeps what it left, and the guard goes on.
 #[test]
 fn conversions_and_touches_race_without_a_trace() {
     let machine = Machine::new(Discard::Now);

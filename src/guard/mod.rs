@@ -3,16 +3,16 @@
 //! Guards: they catch accesses to private pages which go around every check.
 //!
 //! A private page is a hole of the shared file. When a thread of this program touches the host's
-//! mapping there, userfaultfd stops it; it is told of, it goes on with a page of zeros, and that page is
-//! given back some time later. What other processes do with the file cannot be stopped, but it leaves
-//! data where a hole should be, which the guard looks for.
+//! mapping there, userfaultfd stops it; it is told of, it goes on with a page of zeros, and that
+//! page is given back some time later. What other processes do with the file cannot be stopped, but
+//! it leaves data where a hole should be, which the guard looks for.
 //!
 //! The price: each first touch of a shared page, the guest's too, is a fault that the guard serves.
-//! It takes no lock for that but those of lookups, and never waits for a claim: a conversion that holds
-//! one may be waiting for the guard, in a listener that touches the memory.
+//! It takes no lock for that but those of lookups, and never waits for a claim: a conversion that
+//! holds one may be waiting for the guard, in a listener that touches the memory.
 //!
-//! A [`StrayGuard`] starts no thread. Its user runs it on one of his own, serves it in an event loop
-//! with other things, or asks for a [`GuardThread`].
+//! A [`StrayGuard`] starts no thread. Its user runs it on one of his own, serves it in an event
+//! loop with other things, or asks for a [`GuardThread`].
 
 mod thread;
 mod userfault;
@@ -46,8 +46,8 @@ const GIVE_BACK: Duration = Duration::from_millis(100);
 /// How often the guard looks for what other processes have left.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// What is done before faults, which threads wait for, have their turn again: runs of states that are
-/// looked at, and pages that are given back. And how many faults before the rest has its turn.
+/// What is done before faults, which threads wait for, have their turn again: runs of states that
+/// are looked at, and pages that are given back. And how many faults before the rest has its turn.
 const RUNS: usize = 1024;
 const GIVEN_BACK: usize = 64;
 const FAULTS: usize = 256;
@@ -55,9 +55,9 @@ const FAULTS: usize = 256;
 /// How long to wait before a fault that could not be served comes again.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A guard of a backend. It acts only while its user has it [run](Self::run), [serve](Self::serve), or
-/// [on a thread of its own](Self::spawn); until then, whoever touches a hole of the guarded mapping
-/// waits. Dropped, it guards no more, and those who wait go on.
+/// A guard of a backend. It acts only while its user has it [run](Self::run), [serve](Self::serve),
+/// or [on a thread of its own](Self::spawn); until then, whoever touches a hole of the guarded
+/// mapping waits. Dropped, it guards no more, and those who wait go on.
 pub struct StrayGuard {
     vm: Arc<Vm>,
     backend: Arc<Backend>,
@@ -83,13 +83,13 @@ impl Vm {
     /// listener hears of [`Stray`] accesses from the thread that the guard acts on.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where nothing is private, where memory starts private, where pages keep
-    /// their data when they become private ([`Discard::Keep`]), and where userfaultfd is not to be had.
-    /// [`Error::OtherVm`].
+    /// [`Error::Unsupported`] where nothing is private, where memory starts private, where pages
+    /// keep their data when they become private ([`Discard::Keep`]), and where userfaultfd is not
+    /// to be had. [`Error::OtherVm`].
     ///
     /// # Safety
-    /// This process has mapped all of the shared file at `address`, and keeps it mapped as long as the
-    /// guard lives.
+    /// This process has mapped all of the shared file at `address`, and keeps it mapped as long as
+    /// the guard lives.
     #[allow(unsafe_code)] // a contract of the caller's; nothing here is unsafe
     pub unsafe fn guard(
         self: &Arc<Self>,
@@ -157,8 +157,8 @@ impl AsFd for StrayGuard {
 }
 
 impl StrayGuard {
-    /// Serves the threads that wait, and does what else is due, in portions; waits for nothing. Call
-    /// it when the descriptor is readable, and after the time that it returns at the latest.
+    /// Serves the threads that wait, and does what else is due, in portions; waits for nothing.
+    /// Call it when the descriptor is readable, and after the time that it returns at the latest.
     ///
     /// # Errors
     /// [`Error::Guard`]: it cannot go on. Drop it, or those who wait for it wait for ever.
@@ -206,7 +206,8 @@ impl StrayGuard {
         }
     }
 
-    /// Without a guard, nobody is stopped any more: the kernel takes faults back with the descriptor.
+    /// Without a guard, nobody is stopped any more: the kernel takes faults back with the
+    /// descriptor.
     fn failed(&self, source: io::Error) -> Error {
         Error::Guard {
             backend: self.backend.config().name.clone(),
@@ -325,8 +326,8 @@ impl StrayGuard {
         }
     }
 
-    /// Frees data in private pages that nobody is to free anyway. The next sweep sees what is in the
-    /// way of this one.
+    /// Frees data in private pages that nobody is to free anyway. The next sweep sees what is in
+    /// the way of this one.
     fn free_if_strange(&self, pages: FilePages) {
         let wanted = [(self.backend.id(), pages)];
         let Some(claim) = self.vm.claims.try_claim(&wanted) else {

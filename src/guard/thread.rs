@@ -22,8 +22,8 @@ pub struct GuardThread {
 }
 
 impl StrayGuard {
-    /// Runs the guard on a thread of its own, which takes no signals. Where it cannot go on, it ends,
-    /// and the listener's log says so.
+    /// Runs the guard on a thread of its own, which takes no signals. Where it cannot go on, it
+    /// ends, and the listener's log says so.
     ///
     /// # Errors
     /// [`Error::Thread`].
@@ -65,7 +65,8 @@ impl Drop for GuardThread {
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     let mut all = MaybeUninit::uninit();
     let mut before = MaybeUninit::uninit();
-    // SAFETY: sigfillset() fills what it is given, pthread_sigmask() reads the one and fills the other.
+    // SAFETY: sigfillset() fills what it is given, pthread_sigmask() reads the one and fills the
+    // other.
     let blocked = unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr())

@@ -42,8 +42,8 @@ pub(crate) struct Userfault {
 }
 
 impl Userfault {
-    /// Takes over the faults at holes of a mapping of shared memory. They go back to the kernel when
-    /// this is dropped.
+    /// Takes over the faults at holes of a mapping of shared memory. They go back to the kernel
+    /// when this is dropped.
     pub(crate) fn new(start: usize, size: u64) -> io::Result<Self> {
         let start = start as u64;
         let fd = open()?;
@@ -82,7 +82,8 @@ impl Userfault {
         if u32::from(message.event) != UFFD_EVENT_PAGEFAULT {
             return Ok(None);
         }
-        // SAFETY: this member belongs to the event, and with UFFD_FEATURE_THREAD_ID it has a thread.
+        // SAFETY: this member belongs to the event, and with UFFD_FEATURE_THREAD_ID it has a
+        // thread.
         let (address, thread) = unsafe {
             let fault = message.arg.pagefault;
             (fault.address, fault.feat.ptid)
@@ -93,8 +94,8 @@ impl Userfault {
         }))
     }
 
-    /// Fills the hole at an offset with a page of zeros, if it still is one, and lets the threads go on
-    /// that wait for it. They do on an error as well, and then fault again.
+    /// Fills the hole at an offset with a page of zeros, if it still is one, and lets the threads
+    /// go on that wait for it. They do on an error as well, and then fault again.
     pub(crate) fn fill(&self, offset: u64) -> io::Result<()> {
         let mut range = uffdio_range {
             start: self.start + offset,

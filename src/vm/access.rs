@@ -50,8 +50,8 @@ pub(super) struct Piece {
 }
 
 impl Vm {
-    /// Lets the host use pages of the shared view until they are [unpinned](Backend::unpin): none of
-    /// them becomes private meanwhile. Waits for steps of conversions of these pages that other
+    /// Lets the host use pages of the shared view until they are [unpinned](Backend::unpin): none
+    /// of them becomes private meanwhile. Waits for steps of conversions of these pages that other
     /// threads are in, but for nothing else.
     ///
     /// # Errors
@@ -123,9 +123,9 @@ impl Vm {
     ///
     /// The pages must be shared or undecided. They are read as the guest sees them through any
     /// window, bound or not; a page that nobody has written to reads zero and is not allocated.
-    /// Conversions of these pages wait for the access, and the access for the steps that they are in.
-    /// Accesses do not wait for each other: of bytes that another thread writes meanwhile, some may be
-    /// old and some new, as with any memory.
+    /// Conversions of these pages wait for the access, and the access for the steps that they are
+    /// in. Accesses do not wait for each other: of bytes that another thread writes meanwhile, some
+    /// may be old and some new, as with any memory.
     ///
     /// # Errors
     /// [`Error::PrivateMemory`] and [`Error::NoBackend`] name the first address that cannot be
@@ -150,8 +150,8 @@ impl Vm {
     /// dirty pages does not learn of it.
     ///
     /// # Errors
-    /// As for [`Vm::read`]: nothing is written unless all of it can be. Only [`Error::Transfer`] may
-    /// come after a part has been written.
+    /// As for [`Vm::read`]: nothing is written unless all of it can be. Only [`Error::Transfer`]
+    /// may come after a part has been written.
     pub fn write(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
         if let Some((pin, offset)) = self.access_one(gpa, bytes.len()) {
             return pin.backend.write_shared(offset, bytes);

@@ -16,14 +16,15 @@ use crate::vm::told::Later;
 use crate::vm::{STEP_PAGES, Vm};
 
 impl Vm {
-    /// Frees both views of pages of a backend; they become undecided. Those of a mapped backend stay
-    /// shared. In steps, like a conversion, but not interruptible: those who free memory for QEMU
-    /// cannot do it again.
+    /// Frees both views of pages of a backend; they become undecided. Those of a mapped backend
+    /// stay shared. In steps, like a conversion, but not interruptible: those who free memory for
+    /// QEMU cannot do it again.
     ///
     /// # Errors
-    /// [`Error::Punch`](crate::Error::Punch), [`Error::SetAttributes`](crate::Error::SetAttributes),
-    /// [`Error::Listener`](crate::Error::Listener): earlier steps have taken effect; pages of the one
-    /// that failed keep their states, but what was shared may be gone.
+    /// [`Error::Punch`](crate::Error::Punch),
+    /// [`Error::SetAttributes`](crate::Error::SetAttributes),
+    /// [`Error::Listener`](crate::Error::Listener): earlier steps have taken effect; pages of the
+    /// one that failed keep their states, but what was shared may be gone.
     /// [`Error::OtherVm`](crate::Error::OtherVm).
     pub fn free_pages(&self, backend: &Arc<Backend>, pages: FilePages) -> Result<()> {
         backend.check_vm(self.id())?;

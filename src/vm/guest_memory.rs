@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Guest memory as vm-memory's [`GuestMemory`]: devices that know nothing of private pages run on it.
+//! Guest memory as vm-memory's [`GuestMemory`]: devices that know nothing of private pages run on
+//! it.
 //!
-//! A slice that is held is pinned: none of its pages becomes private before the last clone and the last
-//! part of it is gone. An access is granted as a whole or not at all, before anything is touched; pages
-//! that are private, and addresses where no backend is, are errors.
+//! A slice that is held is pinned: none of its pages becomes private before the last clone and the
+//! last part of it is gone. An access is granted as a whole or not at all, before anything is
+//! touched; pages that are private, and addresses where no backend is, are errors.
 //!
 //! Slices are pointers into a mapping of the shared file, which is made once. To get one, and
-//! [`GuestMemory::check_range`], allocates no guest memory. To touch a page does, if nobody has before:
-//! the kernel makes a hole of a mapped file a page even where it is only read. [`Vm::read`], which reads
-//! the file, does not. Where the kernel has no memory for a page, a touch ends in SIGBUS.
+//! [`GuestMemory::check_range`], allocates no guest memory. To touch a page does, if nobody has
+//! before: the kernel makes a hole of a mapped file a page even where it is only read.
+//! [`Vm::read`], which reads the file, does not. Where the kernel has no memory for a page, a touch
+//! ends in SIGBUS.
 
 use std::fmt;
 use std::io;
@@ -29,8 +31,8 @@ use crate::error::Error;
 use crate::vm::Vm;
 use crate::vm::access::{Piece, Pin};
 
-/// The pin of a slice, shared by its clones and parts; the pages are unpinned with the last. vm-memory
-/// calls what a slice carries its bitmap, which this is not: it tracks no writes.
+/// The pin of a slice, shared by its clones and parts; the pages are unpinned with the last.
+/// vm-memory calls what a slice carries its bitmap, which this is not: it tracks no writes.
 #[derive(Clone)]
 pub struct SlicePin(Arc<Held>);
 
@@ -84,8 +86,8 @@ impl GuestMemory for Vm {
         self.access(address.0, count).is_ok()
     }
 
-    /// A slice for each window that shows some of these bytes. All are pinned before this returns. What
-    /// is wanted of them makes no difference: what is shared can be read and written.
+    /// A slice for each window that shows some of these bytes. All are pinned before this returns.
+    /// What is wanted of them makes no difference: what is shared can be read and written.
     fn get_slices<'a>(
         &'a self,
         address: GuestAddress,
@@ -135,14 +137,14 @@ fn slice<'a>(piece: Piece) -> GuestMemoryResult<VolatileSlice<'a, SlicePin>> {
         pin,
         _mapping: mapping,
     }));
-    // SAFETY: these bytes lie in the mapping, which is there as long as anybody holds it, and vm-memory
-    // clones what holds it into all that it makes of a slice. Guest and devices use the bytes as well,
-    // and the library gives no reference to them.
+    // SAFETY: these bytes lie in the mapping, which is there as long as anybody holds it, and
+    // vm-memory clones what holds it into all that it makes of a slice. Guest and devices use the
+    // bytes as well, and the library gives no reference to them.
     Ok(unsafe { VolatileSlice::with_bitmap(first, bytes.len(), held, None) })
 }
 
-/// The error of an access in vm-memory's words. What they have no word for keeps its own: the source of
-/// an I/O error.
+/// The error of an access in vm-memory's words. What they have no word for keeps its own: the
+/// source of an I/O error.
 fn vm_memory_error(error: Error) -> GuestMemoryError {
     match error {
         Error::NoBackend { gpa } => GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa)),

@@ -15,14 +15,14 @@ use crate::views::Mode;
 use crate::vm::Vm;
 
 impl Vm {
-    /// The guest runs under a new owner now. All windows have been removed. Every backend gets a new
-    /// guest_memfd, and its pages start over. What was private is gone. What was shared survives, as
-    /// RAM does in any reset, unless pages start private; in place it is gone too, with the only file
-    /// that there was, and the host has to map the new one. Mapped backends keep their file, which
-    /// slots of another VM cannot carry: bound ones are refused.
+    /// The guest runs under a new owner now. All windows have been removed. Every backend gets a
+    /// new guest_memfd, and its pages start over. What was private is gone. What was shared
+    /// survives, as RAM does in any reset, unless pages start private; in place it is gone too,
+    /// with the only file that there was, and the host has to map the new one. Mapped backends keep
+    /// their file, which slots of another VM cannot carry: bound ones are refused.
     ///
-    /// Takes no longer if states are scattered, unless somebody listens or pages keep their data when
-    /// they become private ([`Discard::Keep`]).
+    /// Takes no longer if states are scattered, unless somebody listens or pages keep their data
+    /// when they become private ([`Discard::Keep`]).
     ///
     /// # Errors
     /// [`Error::InUse`], [`Error::CreateFile`], or [`Error::Punch`] if a shared file cannot be
@@ -126,8 +126,8 @@ fn unmap(backend: &Backend, lost: Lost, notifier: &Notifier<'_>, panics: &mut Pa
     });
 }
 
-/// Tells the listener of pages that start over and are the host's. They are still in their old states.
-/// Goes on after an error, and returns the first.
+/// Tells the listener of pages that start over and are the host's. They are still in their old
+/// states. Goes on after an error, and returns the first.
 fn map(backend: &Backend, lost: Lost, notifier: &Notifier<'_>, panics: &mut Panics) -> Result<()> {
     if !backend.config().start.host_may_use() {
         return Ok(());

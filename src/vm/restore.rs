@@ -22,12 +22,12 @@ use crate::vm::{STEP_PAGES, Vm};
 const MAGIC: u64 = u64::from_le_bytes(*b"gmfdsta1");
 
 impl Vm {
-    /// Writes the states of all pages of a backend, in a form that [`Vm::restore_states`] reads. The
-    /// guest must not run.
+    /// Writes the states of all pages of a backend, in a form that [`Vm::restore_states`] reads.
+    /// The guest must not run.
     ///
     /// # Errors
-    /// [`Error::InUse`] if a page is being converted, [`Error::StateStream`] with the writer's error,
-    /// [`Error::OtherVm`].
+    /// [`Error::InUse`] if a page is being converted, [`Error::StateStream`] with the writer's
+    /// error, [`Error::OtherVm`].
     pub fn save_states(&self, backend: &Backend, out: &mut dyn Write) -> Result<()> {
         backend.check_vm(self.id())?;
         let mut put = |word: u64| {
@@ -57,14 +57,14 @@ impl Vm {
     /// guest the views that follow from them. The guest must not run. Reads no more than was saved.
     ///
     /// The view that a page comes to, or stays in, keeps what it holds: write the data that belong
-    /// there before or afterwards. The view that a page leaves is freed as in a conversion; in place
-    /// there is none.
+    /// there before or afterwards. The view that a page leaves is freed as in a conversion; in
+    /// place there is none.
     ///
     /// # Errors
     /// [`Error::BadStates`] for what [`Vm::save_states`] has not written for such a backend,
     /// [`Error::StateStream`] with the reader's error, [`Error::Pinned`] and [`Error::Held`] if
-    /// somebody uses a page that is to become private, and those of [`Vm::free_pages`]. Pages before the bad place have their
-    /// new states then, the others the ones that they had.
+    /// somebody uses a page that is to become private, and those of [`Vm::free_pages`]. Pages
+    /// before the bad place have their new states then, the others the ones that they had.
     pub fn restore_states(&self, backend: &Arc<Backend>, from: &mut dyn Read) -> Result<()> {
         backend.check_vm(self.id())?;
         check_no_callback(self.id())?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the listener is told in a step, in an order in which a panic of its leaves nothing half done:
-//! what it was told of pages is taken back when the pages are, and messages wait until they have their
-//! states.
+//! What the listener is told in a step, in an order in which a panic of its leaves nothing half
+//! done: what it was told of pages is taken back when the pages are, and messages wait until they
+//! have their states.
 
 use std::thread;
 
@@ -12,8 +12,8 @@ use crate::pages::states::View;
 use crate::vm::Vm;
 use crate::vm::moves::Run;
 
-/// Runs that the listener has been told of as the host's or the guest's. Dropped before that is kept,
-/// it tells the opposite.
+/// Runs that the listener has been told of as the host's or the guest's. Dropped before that is
+/// kept, it tells the opposite.
 pub(super) struct Told<'a> {
     notifier: &'a Notifier<'a>,
     runs: &'a [Run<'a>],
@@ -82,8 +82,8 @@ impl<'a> Told<'a> {
         refused
     }
 
-    /// What devices have written to pages that were the host's for a moment is not kept, the page that
-    /// the listener panicked at included. Mostly the caller punches it at once.
+    /// What devices have written to pages that were the host's for a moment is not kept, the page
+    /// that the listener panicked at included. Mostly the caller punches it at once.
     fn owe_holes(&mut self) {
         for run in std::mem::take(&mut self.runs) {
             if self.view == View::Shared && run.backend.frees_left_view() {
@@ -95,12 +95,15 @@ impl<'a> Told<'a> {
 
 impl Drop for Told<'_> {
     fn drop(&mut self) {
-        self.tell_opposite();
+        // Mostly it has been kept.
+        if !self.runs.is_empty() {
+            self.tell_opposite();
+        }
     }
 }
 
-/// Messages for when the pages of a step have their states: dropped after those, it logs them. Nobody
-/// is told while a panic unwinds.
+/// Messages for when the pages of a step have their states: dropped after those, it logs them.
+/// Nobody is told while a panic unwinds.
 pub(super) struct Later<'a> {
     vm: &'a Vm,
     messages: Vec<(Level, Error)>,

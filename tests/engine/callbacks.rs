@@ -19,8 +19,8 @@ use crate::request::*;
 /// A window of these pages is added and removed.
 const NEW: u64 = 300;
 
-/// Makes a request in which a function is called, on pages 2..8. Its pages, private, and how often it
-/// is called.
+/// Makes a request in which a function is called, on pages 2..8. Its pages, private, and how often
+/// it is called.
 fn prepare(machine: &Machine, callback: Callback) {
     match callback {
         Callback::Map => {
@@ -106,8 +106,8 @@ fn a_panic_in_any_function_leaves_a_sound_state_and_the_next_request_works() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Whichever call panics, a request has changed everything or nothing, with all data where it was;
-    /// what devices write to pages that were theirs for a moment is not kept.
+    /// Whichever call panics, a request has changed everything or nothing, with all data where it
+    /// was; what devices write to pages that were theirs for a moment is not kept.
     #[test]
     fn a_request_in_which_the_listener_panics_takes_effect_as_a_whole_or_not_at_all(
         requests in prop::collection::vec((crate::request::request(), 1u64..8), 1..25),
@@ -152,8 +152,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// In place a listener is told after the attribute is clear. Where it panics then, the attribute is
-    /// in doubt, and is put right when the page moves the next time.
+    /// In place a listener is told after the attribute is clear. Where it panics then, the
+    /// attribute is in doubt, and is put right when the page moves the next time.
     #[test]
     fn a_request_in_place_in_which_the_listener_panics_takes_effect_as_a_whole_or_not_at_all(
         requests in prop::collection::vec((crate::request::request(), 1u64..8), 1..25),
@@ -186,8 +186,8 @@ proptest! {
 
 #[test]
 fn a_panic_while_a_failed_request_is_taken_back_leaves_a_sound_state() {
-    // Calls: the listener for each of two runs, then the attributes of two windows for each. From the
-    // third on all fail: what is set cannot be set back, which is logged.
+    // Calls: the listener for each of two runs, then the attributes of two windows for each. From
+    // the third on all fail: what is set cannot be set back, which is logged.
     let machine = Machine::new();
     prepare(&machine, Callback::Map);
     machine.fault.arm_pair(4, crate::fault::LASTING);

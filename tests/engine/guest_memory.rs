@@ -70,8 +70,9 @@ fn outcome(result: GuestMemoryResult<Vec<VolatileSlice<'_, SlicePin>>>) -> Outco
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// An access is granted or refused as a whole, with the first address in the way; slices show what
-    /// the guest sees, of any window; nothing is pinned or allocated that nobody holds or touches.
+    /// An access is granted or refused as a whole, with the first address in the way; slices show
+    /// what the guest sees, of any window; nothing is pinned or allocated that nobody holds or
+    /// touches.
     #[test]
     fn slices_match_a_plain_model(
         requests in prop::collection::vec(request(), 0..10),

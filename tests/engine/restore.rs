@@ -75,8 +75,8 @@ fn is_bad(result: &Result<()>) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Another backend has the states then, its attributes follow, its listener is told, and the data
-    /// in the views that the guest sees are as they were.
+    /// Another backend has the states then, its attributes follow, its listener is told, and the
+    /// data in the views that the guest sees are as they were.
     #[test]
     fn restored_states_are_those_that_were_saved(
         saved in states(),
@@ -113,8 +113,8 @@ proptest! {
         prop_assert_eq!(save(&target), stream);
     }
 
-    /// However a stream is damaged, it is refused where the damage shows, and what has been restored
-    /// until then is sound and what the stream says.
+    /// However a stream is damaged, it is refused where the damage shows, and what has been
+    /// restored until then is sound and what the stream says.
     #[test]
     fn damaged_streams_leave_a_sound_state(
         saved in states(),
@@ -148,7 +148,8 @@ proptest! {
         target.check_invariants();
     }
 
-    /// Whichever call fails, the pages before that have their new states, the others their old ones.
+    /// Whichever call fails, the pages before that have their new states, the others their old
+    /// ones.
     #[test]
     fn a_restore_that_fails_leaves_a_sound_state(
         saved in states(),
