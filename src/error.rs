@@ -50,8 +50,8 @@ pub enum Error {
         guest: GuestPages,
     },
 
-    /// Private pages were asked for that also show where only the shared view can appear, and memory is
-    /// converted in place.
+    /// Private pages were asked for that also show where only the shared view can appear, and
+    /// memory is converted in place.
     #[error(
         "cannot make {guest} private: it also shows at {unbound}, in a window that is not bound"
     )]
@@ -86,7 +86,8 @@ pub enum Error {
 
     /// The host was to use pages that are the guest's alone.
     #[error(
-        "the host cannot use {pages} of backend '{backend}' before the guest has made all of it shared"
+        "the host cannot use {pages} of backend '{backend}' before the guest has made all of it \
+         shared"
     )]
     NotShared {
         /// Name of the backend.
@@ -168,8 +169,8 @@ pub enum Error {
 
     /// Pages were to become private in place, and the kernel says that somebody uses one of them.
     #[error(
-        "cannot make {pages} of backend '{backend}' private: the page at offset {offset:#x} has been \
-         in use for {timeout:?}, by no pin of the library's"
+        "cannot make {pages} of backend '{backend}' private: the page at offset {offset:#x} has \
+         been in use for {timeout:?}, by no pin of the library's"
     )]
     Held {
         /// Name of the backend.
@@ -369,8 +370,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Has the host failed to do what a guest may ask for? Not if the request was bad, or if it comes
-    /// again by itself.
+    /// Has the host failed to do what a guest may ask for? Not if the request was bad, or if it
+    /// comes again by itself.
     pub(crate) fn is_failure(&self) -> bool {
         matches!(
             self,

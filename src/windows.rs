@@ -19,9 +19,9 @@ pub enum Binding {
     Bound,
     /// The slot does not: the shared view alone.
     Unbound,
-    /// The same, at a place where the hypervisor reports an access to a private page: the shared alias
-    /// that a guest reaches by an address bit. Elsewhere such an access stops the VM if memory is
-    /// converted in place.
+    /// The same, at a place where the hypervisor reports an access to a private page: the shared
+    /// alias that a guest reaches by an address bit. Elsewhere such an access stops the VM if
+    /// memory is converted in place.
     SharedAlias,
 }
 
@@ -39,8 +39,8 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window of `guest.count()` pages from `file_start` on; `None` if they end beyond what a file
-    /// can have.
+    /// A window of `guest.count()` pages from `file_start` on; `None` if they end beyond what a
+    /// file can have.
     pub fn new(
         guest: GuestPages,
         backend: BackendId,
@@ -147,8 +147,8 @@ pub struct Layout(u64);
 
 /// The windows of a VM, sorted by guest address.
 ///
-/// Attributes outlive a removed window until [`WindowTable::forget_stale`]: QEMU removes and adds the
-/// same windows again whenever the memory layout around them changes.
+/// Attributes outlive a removed window until [`WindowTable::forget_stale`]: QEMU removes and adds
+/// the same windows again whenever the memory layout around them changes.
 #[derive(Debug, Default)]
 pub struct WindowTable {
     windows: Vec<Window>,
@@ -289,9 +289,10 @@ impl WindowTable {
         (window.is_bound() && part.guest == guest).then_some((*window, part.file.start()))
     }
 
-    /// Every place in guest physical space whose attributes follow these pages, stale ones too. In the
-    /// order in which they are set to `to`: those where that view appears come last. If one cannot be
-    /// set, no vCPU has used that view yet, and nothing is lost when the others are set back.
+    /// Every place in guest physical space whose attributes follow these pages, stale ones too. In
+    /// the order in which they are set to `to`: those where that view appears come last. If one
+    /// cannot be set, no vCPU has used that view yet, and nothing is lost when the others are set
+    /// back.
     pub fn places(&self, backend: BackendId, file: FilePages, to: View) -> SmallList<GuestPages> {
         let stale = self.stale.iter().map(|stale| &stale.window);
         let all = self.windows.iter().chain(stale);

@@ -15,8 +15,8 @@ use crate::views::Mode;
 pub enum Discard {
     /// A hole is punched inside the conversion.
     Now,
-    /// Nothing is freed: for guests that flip the same pages all the time. A page that comes back to
-    /// a view may show what it held there before.
+    /// Nothing is freed: for guests that flip the same pages all the time. A page that comes back
+    /// to a view may show what it held there before.
     Keep,
 }
 
@@ -90,8 +90,8 @@ pub struct BackendConfig {
 }
 
 impl BackendConfig {
-    /// For a size in bytes, with what is usual for all else: the library chooses the mode, pages start
-    /// undecided and are decided one by one, holes are punched at once.
+    /// For a size in bytes, with what is usual for all else: the library chooses the mode, pages
+    /// start undecided and are decided one by one, holes are punched at once.
     pub fn new(name: impl Into<String>, size: u64) -> Self {
         Self {
             name: name.into(),

@@ -64,8 +64,8 @@ fn create_in_place(owner: &dyn Owner, config: &BackendConfig) -> Result<Created>
     if matches!(config.lazy, Lazy::On(_)) {
         return lacks(
             "lazy attributes",
-            "memory is converted in place, where the attributes of all memory cost as much as those \
-             of a page; use lazy-attributes=auto or off",
+            "memory is converted in place, where the attributes of all memory cost as much as \
+             those of a page; use lazy-attributes=auto or off",
         );
     }
     if config.discard == Discard::Keep {
@@ -218,8 +218,8 @@ fn lazy_chunk(config: &BackendConfig, shared: &dyn ViewFile) -> Result<Option<Ch
     }
 }
 
-/// States are kept for pages of [`PAGE_SIZE`], which must be the kernel's: it punches and converts no
-/// smaller ones. On arm64 it may have larger pages.
+/// States are kept for pages of [`PAGE_SIZE`], which must be the kernel's: it punches and converts
+/// no smaller ones. On arm64 it may have larger pages.
 fn check_page_size(bytes: u64) -> Result<()> {
     if bytes == PAGE_SIZE {
         return Ok(());

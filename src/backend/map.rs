@@ -23,8 +23,8 @@ pub struct StateMap {
 }
 
 impl Backend {
-    /// The states of a range, in up to `limit` runs. Conversions go on meanwhile, so that of a large
-    /// range the end is seen later than the beginning.
+    /// The states of a range, in up to `limit` runs. Conversions go on meanwhile, so that of a
+    /// large range the end is seen later than the beginning.
     ///
     /// # Panics
     /// If the range does not lie inside the backend.

@@ -147,8 +147,8 @@ pub struct BackendStats {
     pub strays: u64,
     /// Bytes that the host uses through pins; those that are pinned twice count twice.
     pub pinned: u64,
-    /// Bytes whose hole the kernel has refused to punch, and that is punched before they are exposed
-    /// again.
+    /// Bytes whose hole the kernel has refused to punch, and that is punched before they are
+    /// exposed again.
     pub owed_holes: u64,
     /// How long requests that moved pages to the shared view have taken since
     /// `Backend::watch_latency`.

@@ -4,8 +4,8 @@
 //!
 //! A claim on several ranges is granted as a whole or not at all, so two claims can never wait for
 //! each other. Disjoint claims do not meet. Overlapping ones are granted in the order in which they
-//! came, so a claim on much memory is not overtaken for ever by claims on parts of it. A thread that
-//! holds a claim already does not queue behind others: they may be waiting for it.
+//! came, so a claim on much memory is not overtaken for ever by claims on parts of it. A thread
+//! that holds a claim already does not queue behind others: they may be waiting for it.
 //!
 //! Two threads that each hold a claim and want the other's pages wait for ever. The library never
 //! does that; a listener could, by asking in a callback about pages other than its own.
@@ -85,8 +85,8 @@ impl Held {
 }
 
 impl Claims {
-    /// Waits until no claim overlaps `wanted`, then claims all of it. `None` if `interrupted` says so
-    /// while this thread waits. It is asked every 10 ms, with no lock held.
+    /// Waits until no claim overlaps `wanted`, then claims all of it. `None` if `interrupted` says
+    /// so while this thread waits. It is asked every 10 ms, with no lock held.
     ///
     /// The ranges of one request may overlap each other.
     pub fn claim(

@@ -2,13 +2,13 @@
 
 //! Pins: pages that the host uses through the shared view, which must not become private meanwhile.
 //!
-//! A pin takes no lock. It is counted first and then looks whether any page near it is closed to the
-//! host; a conversion closes its pages first and then looks for pins. So at least one of the two sees
-//! the other.
+//! A pin takes no lock. It is counted first and then looks whether any page near it is closed to
+//! the host; a conversion closes its pages first and then looks for pins. So at least one of the
+//! two sees the other.
 //!
-//! Whole chunks are counted as such, so that a device that maps gigabytes costs a few thousand steps;
-//! the rest of a range is counted page by page, so that a ring does not hold up conversions next to
-//! it. Counters of pages cost memory only where pages are pinned.
+//! Whole chunks are counted as such, so that a device that maps gigabytes costs a few thousand
+//! steps; the rest of a range is counted page by page, so that a ring does not hold up conversions
+//! next to it. Counters of pages cost memory only where pages are pinned.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
@@ -94,11 +94,11 @@ impl Pins {
         self.pinned.load(SeqCst) * PAGE_SIZE
     }
 
-    /// Pins bytes of one page near which no page is closed. False where that is not so, and where there
-    /// is no such page; then nothing is pinned.
+    /// Pins bytes of one page near which no page is closed. False where that is not so, and where
+    /// there is no such page; then nothing is pinned.
     ///
-    /// Most pins are that, several in every request of a device: nothing here can panic, and all else
-    /// is left to [`Pins::add`] and its caller.
+    /// Most pins are that, several in every request of a device: nothing here can panic, and all
+    /// else is left to [`Pins::add`] and its caller.
     #[inline]
     pub(crate) fn add_one(&self, closed: &Closed, offset: u64, bytes: u64) -> bool {
         let Some((page, chunk)) = self.one(offset, bytes) else {
@@ -292,6 +292,7 @@ impl Pins {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use proptest::sample::Index;
     use std::time::Duration;
 
     const PAGES: u64 = 4 * CHUNK + 7;
@@ -306,7 +307,7 @@ mod tests {
         /// Pins and what they block against a plain list of them.
         #[test]
         fn pins_match_a_plain_list(
-            changes in prop::collection::vec((any::<bool>(), range(), any::<prop::sample::Index>()), 0..30),
+            changes in prop::collection::vec((any::<bool>(), range(), any::<Index>()), 0..30),
             asked in range(),
         ) {
             let pins = Pins::new(PAGES).unwrap();
@@ -354,7 +355,8 @@ mod tests {
             let (pins, closed) = (Pins::new(PAGES).unwrap(), Closed::new(PAGES).unwrap());
             closed.close(private);
             let page = FilePages::covering_bytes(offset, bytes)
-                .filter(|page| page.count() == 1 && page.end() <= PAGES && closed.no_closed_page_near(*page));
+                .filter(|page| page.count() == 1 && page.end() <= PAGES)
+                .filter(|page| closed.no_closed_page_near(*page));
             let all = FilePages::new(0, PAGES).unwrap();
             prop_assert_eq!(pins.add_one(&closed, offset, bytes), page.is_some());
             prop_assert_eq!(pins.first_in(all), page);

@@ -117,8 +117,8 @@ fn lazy(config: &guestmemfd_backend_config) -> Result<Lazy, Failure> {
     }
 }
 
-/// Frees a backend, whose windows must have been removed, and closes its files. No other call with this
-/// backend may be under way, and none may follow. NULL is allowed.
+/// Frees a backend, whose windows must have been removed, and closes its files. No other call with
+/// this backend may be under way, and none may follow. NULL is allowed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backend) {
     if backend.is_null() {
@@ -147,7 +147,8 @@ pub unsafe extern "C" fn guestmemfd_backend_private_fd(backend: *const guestmemf
     }
 }
 
-/// The file that the host maps. Borrowed: guestmemfd_backend_free() closes it. Duplicate it to keep it.
+/// The file that the host maps. Borrowed: guestmemfd_backend_free() closes it. Duplicate it to keep
+/// it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_shared_fd(backend: *const guestmemfd_backend) -> i32 {
     // SAFETY: the contract of the header: the pointer is NULL, or valid for the whole call.
@@ -177,9 +178,9 @@ pub unsafe extern "C" fn guestmemfd_backend_free_pages(
     })
 }
 
-/// Frees all that is private; those pages become undecided, and what is shared stays: for a reset of a
-/// guest that does not run. Takes the kernel seconds for tens of gigabytes, in steps between which
-/// others get their turn, so call it from a thread that may take them.
+/// Frees all that is private; those pages become undecided, and what is shared stays: for a reset
+/// of a guest that does not run. Takes the kernel seconds for tens of gigabytes, in steps between
+/// which others get their turn, so call it from a thread that may take them.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_free_private(
     backend: *mut guestmemfd_backend,
@@ -193,8 +194,8 @@ pub unsafe extern "C" fn guestmemfd_backend_free_private(
     })
 }
 
-/// May the host use all of these bytes (QEMU's RamDiscardSource calls them populated)? Waits for steps
-/// of conversions of them that other threads are in. No alignment is needed.
+/// May the host use all of these bytes (QEMU's RamDiscardSource calls them populated)? Waits for
+/// steps of conversions of them that other threads are in. No alignment is needed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_host_may_use(
     backend: *const guestmemfd_backend,
@@ -245,8 +246,8 @@ fn pin(
     })
 }
 
-/// Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and in the end nothing is done, if a
-/// page of them is not pinned; meanwhile a conversion may miss pins of the others.
+/// Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and in the end nothing is done,
+/// if a page of them is not pinned; meanwhile a conversion may miss pins of the others.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_unpin(
     backend: *const guestmemfd_backend,
@@ -277,13 +278,13 @@ fn unpin(
 }
 
 /// Guards private bytes, until the backend is freed, against accesses that go around every check:
-/// guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
-/// file, and keeps it mapped until the backend is freed. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
-/// and without userfaultfd.
+/// guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the
+/// shared file, and keeps it mapped until the backend is freed. -EOPNOTSUPP where nothing is
+/// private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP, and without userfaultfd.
 ///
-/// A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
-/// behind is found, within some seconds, and freed. Each first touch of a shared page costs some tens of
-/// microseconds.
+/// A thread that is caught reads zeros or writes for nothing. Of other processes only what they
+/// leave behind is found, within some seconds, and freed. Each first touch of a shared page costs
+/// some tens of microseconds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_guard(
     backend: *mut guestmemfd_backend,
@@ -298,8 +299,8 @@ pub unsafe extern "C" fn guestmemfd_backend_guard(
         if running.is_some() {
             return Err(Failure::Argument("the backend has a guard already".into()));
         }
-        // SAFETY: the contract of the header: the mapping is there until the backend is freed, and so
-        // is the guard.
+        // SAFETY: the contract of the header: the mapping is there until the backend is freed, and
+        // so is the guard.
         *running = Some(unsafe { guard::start(&backend.vm, &backend.backend, host.addr()) }?);
         Ok(())
     })
@@ -361,8 +362,8 @@ pub unsafe extern "C" fn guestmemfd_backend_stats(
 }
 
 /// The states of a range: up to `*count` runs, of which `*count` then says how many there are.
-/// Neighbouring runs differ. `*next` is where to go on if there was no room for all: the offset behind
-/// the last run. Conversions go on meanwhile.
+/// Neighbouring runs differ. `*next` is where to go on if there was no room for all: the offset
+/// behind the last run. Conversions go on meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_map(
     backend: *const guestmemfd_backend,

@@ -1,40 +1,37 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::raw::{c_char, c_void};
-use std::ptr;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
-
+use super::opaques::Opaques;
 use super::types::{guestmemfd_stray, guestmemfd_view, view_number};
-use crate::backend::{Backend, BackendId};
+use crate::backend::Backend;
 use crate::error::Error;
 use crate::listener::{Level, Listener, Stray};
 use crate::pages::ranges::{FilePages, GuestPages};
 use crate::pages::states::View;
 
-/// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). Every one but `gap`
-/// may be NULL.
+/// What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). Every one but
+/// `gap` may be NULL.
 ///
 /// All are called from the thread that entered the library, but for stray, and for log with what a
-/// guard has to say. None may ask for a conversion, free pages or change the windows: that fails with
-/// -EDEADLK. Pins and questions are allowed, but not of bytes that another request may be moving,
-/// which would wait for it.
+/// guard has to say. None may ask for a conversion, free pages or change the windows: that fails
+/// with -EDEADLK. Pins and questions are allowed, but not of bytes that another request may be
+/// moving, which would wait for it.
 ///
-/// begin and end bracket every step of a conversion, and of what frees pages. begin comes before any
-/// claim is taken, so it is the place for a lock that map and unmap need (in QEMU, the BQL): a thread
-/// that holds such a lock may itself wait for a claim. Register those who are told by map and unmap
-/// before begin answers: one that comes later is not told of this step.
+/// begin and end bracket every step of a conversion, and of what frees pages. begin comes before
+/// any claim is taken, so it is the place for a lock that map and unmap need (in QEMU, the BQL): a
+/// thread that holds such a lock may itself wait for a claim. Register those who are told by map
+/// and unmap before begin answers: one that comes later is not told of this step.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct guestmemfd_callbacks {
     /// Passed to all but map, unmap, new_files, revoke and stray.
     pub opaque: *mut c_void,
-    /// A step begins. Are map and unmap to be called in it? If so, a private touch decides its own page
-    /// alone even with lazy attributes: the bytes around it may be in use.
+    /// A step begins. Are map and unmap to be called in it? If so, a private touch decides its own
+    /// page alone even with lazy attributes: the bytes around it may be in use.
     pub begin: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
     /// It is over; `listeners` is what begin answered.
     pub end: Option<unsafe extern "C" fn(opaque: *mut c_void, listeners: bool)>,
@@ -44,12 +41,12 @@ pub struct guestmemfd_callbacks {
     /// The bytes are about to become private: let go of them.
     pub unmap: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
     /// A backend has new files: guestmemfd_backend_private_fd() and, with GUESTMEMFD_MODE_IN_PLACE,
-    /// guestmemfd_backend_shared_fd(), which is to be mapped anew, now. unmap has been told before of all
-    /// bytes whose file has gone, and map is told after this of those that may be used.
+    /// guestmemfd_backend_shared_fd(), which is to be mapped anew, now. unmap has been told before
+    /// of all bytes whose file has gone, and map is told after this of those that may be used.
     pub new_files: Option<unsafe extern "C" fn(backend_opaque: *mut c_void)>,
-    /// The bytes are to become private, and some are pinned. Whoever can do without lets go of its pins
-    /// now, or soon: the request waits for those that stay. Called with no claim held, and not between
-    /// begin and end.
+    /// The bytes are to become private, and some are pinned. Whoever can do without lets go of its
+    /// pins now, or soon: the request waits for those that stay. Called with no claim held, and not
+    /// between begin and end.
     pub revoke: Option<unsafe extern "C" fn(backend_opaque: *mut c_void, offset: u64, size: u64)>,
     /// A hypercall has made the range private, and guestmemfd_backend_config.prefault asks that it
     /// be allocated now. Called after end, by the thread that serves the hypercall.
@@ -58,9 +55,9 @@ pub struct guestmemfd_callbacks {
     pub gap: Option<
         unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to: guestmemfd_view) -> i32,
     >,
-    /// The kernel, pins or a refusing map kept a request of the guest's from being served. Earlier steps
-    /// of it have taken effect. Called after end; a guest can cause it as often as it likes. `id` is that
-    /// of the backend that the range begins in, or NULL.
+    /// The kernel, pins or a refusing map kept a request of the guest's from being served. Earlier
+    /// steps of it have taken effect. Called after end; a guest can cause it as often as it likes.
+    /// `id` is that of the backend that the range begins in, or NULL.
     pub failed: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,
@@ -71,36 +68,15 @@ pub struct guestmemfd_callbacks {
             message: *const c_char,
         ),
     >,
-    /// A guard has caught an access to private bytes. Called from a thread of the library's while the
-    /// thread that was caught, if it is one of this process, waits: so it must not wait for a lock that
-    /// the other may hold, touch guest memory, or free the backend.
+    /// A guard has caught an access to private bytes. Called from a thread of the library's while
+    /// the thread that was caught, if it is one of this process, waits: so it must not wait for a
+    /// lock that the other may hold, touch guest memory, or free the backend.
     pub stray:
         Option<unsafe extern "C" fn(backend_opaque: *mut c_void, stray: *const guestmemfd_stray)>,
     /// Should a thread that waits, or has a part of a request still to do, give up (-EINTR)?
     pub interrupted: Option<unsafe extern "C" fn(opaque: *mut c_void) -> bool>,
     /// A line for the user; level 0 is an error, 1 a warning.
     pub log: Option<unsafe extern "C" fn(opaque: *mut c_void, level: u32, message: *const c_char)>,
-}
-
-/// What C passed for each backend, to get it back in callbacks.
-#[derive(Debug, Default)]
-pub(super) struct Opaques(RwLock<BTreeMap<BackendId, usize>>);
-
-impl Opaques {
-    /// Before the guest sees the backend, and so before there is a callback.
-    pub(super) fn insert(&self, backend: BackendId, opaque: *mut c_void) {
-        let opaque = opaque.expose_provenance();
-        self.0.write().insert(backend, opaque);
-    }
-
-    pub(super) fn remove(&self, backend: BackendId) {
-        self.0.write().remove(&backend);
-    }
-
-    fn get(&self, backend: &Backend) -> *mut c_void {
-        let opaque = self.0.read().get(&backend.id()).copied();
-        opaque.map_or(ptr::null_mut(), ptr::with_exposed_provenance_mut)
-    }
 }
 
 /// The callbacks as a listener.
@@ -138,7 +114,8 @@ fn check(result: i32) -> io::Result<()> {
 
 impl Listener for CListener {
     fn begin(&self) -> bool {
-        // SAFETY: a function of the user's with the arguments that the header promises it; so below.
+        // SAFETY: a function of the user's with the arguments that the header promises it; so
+        // below.
         self.callbacks
             .begin
             .is_some_and(|begin| unsafe { begin(self.callbacks.opaque) })

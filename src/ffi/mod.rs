@@ -3,9 +3,9 @@
 //! The C interface, from which `include/guestmemfd.h` is generated.
 //!
 //! Rules: functions return 0 (or what they are documented to return) or a negative errno, and then
-//! fill the error that the caller passed, if any. No panic crosses the border: it becomes
-//! `-EIO`. Pointers are checked for NULL and otherwise trusted: C callers keep them valid. Each entry
-//! turns its pointers into references once, by `arg` and `Out::new`, before it does anything.
+//! fill the error that the caller passed, if any. No panic crosses the border: it becomes `-EIO`.
+//! Pointers are checked for NULL and otherwise trusted: C callers keep them valid. Each entry turns
+//! its pointers into references once, by `arg` and `Out::new`, before it does anything.
 #![allow(non_camel_case_types)] // the names are C's
 #![allow(clippy::missing_safety_doc)] // the rules above hold for every function
 
@@ -13,6 +13,7 @@ mod backend;
 mod callbacks;
 mod error;
 mod guard;
+mod opaques;
 mod types;
 mod vm;
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::callbacks::Opaques;
 use super::guard::Guard;
+use super::opaques::Opaques;
 use crate::backend::stats::LATENCY_BUCKETS;
 use crate::backend::{Backend, Discard};
 use crate::pages::states::{PageState, View};
@@ -25,13 +25,13 @@ pub const GUESTMEMFD_VIEW_PRIVATE: guestmemfd_view = 1;
 
 /// Which views can appear in a window: one of GUESTMEMFD_BINDING_*.
 pub type guestmemfd_binding = u32;
-/// The shared view alone: its KVM slot does not carry the guest_memfd. So it must be where the section
-/// is read-only or dirty-logged.
+/// The shared view alone: its KVM slot does not carry the guest_memfd. So it must be where the
+/// section is read-only or dirty-logged.
 pub const GUESTMEMFD_BINDING_UNBOUND: guestmemfd_binding = 0;
 /// Both: its KVM slot carries the guest_memfd.
 pub const GUESTMEMFD_BINDING_BOUND: guestmemfd_binding = 1;
-/// The shared view alone, at a place where KVM reports an access to a private page: the shared alias
-/// that a guest reaches by an address bit.
+/// The shared view alone, at a place where KVM reports an access to a private page: the shared
+/// alias that a guest reaches by an address bit.
 pub const GUESTMEMFD_BINDING_SHARED_ALIAS: guestmemfd_binding = 2;
 
 /// A virtual machine: its owner, and where pages of its backends appear.
@@ -142,8 +142,8 @@ pub struct guestmemfd_backend_config {
     pub mode: guestmemfd_mode,
     /// It is a confidential guest's memory: never GUESTMEMFD_MODE_MAPPED.
     pub confidential: bool,
-    /// KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over its
-    /// mapping.
+    /// KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over
+    /// its mapping.
     pub bind: bool,
     /// Discard policy.
     pub discard: guestmemfd_discard,
@@ -203,8 +203,8 @@ pub struct guestmemfd_stats {
     pub stray_accesses: u64,
     /// Bytes of all pins.
     pub pinned_bytes: u64,
-    /// Bytes whose hole the kernel has refused to punch, and that is punched before they are exposed
-    /// again.
+    /// Bytes whose hole the kernel has refused to punch, and that is punched before they are
+    /// exposed again.
     pub owed_hole_bytes: u64,
     /// How the backend keeps its pages; never GUESTMEMFD_MODE_AUTO.
     pub mode: guestmemfd_mode,
@@ -213,8 +213,8 @@ pub struct guestmemfd_stats {
     /// Bytes of the chunk of lazy attributes; 0 without them.
     pub lazy_chunk: u64,
     /// How long requests that moved pages to the private view have taken since
-    /// guestmemfd_backend_watch_latency(): element 0 counts those under 1 us, element N those under 2^N us, the
-    /// last one the rest.
+    /// guestmemfd_backend_watch_latency(): element 0 counts those under 1 us, element N those under
+    /// 2^N us, the last one the rest.
     pub latency_to_private: [u64; GUESTMEMFD_LATENCY_BUCKETS],
     /// The same for the shared view.
     pub latency_to_shared: [u64; GUESTMEMFD_LATENCY_BUCKETS],

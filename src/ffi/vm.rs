@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::callbacks::{CListener, Opaques, guestmemfd_callbacks};
+use super::callbacks::{CListener, guestmemfd_callbacks};
 use super::error::guestmemfd_error;
+use super::opaques::Opaques;
 use super::types::*;
 use super::{Arg, Failure, Out, arg, borrow_fd, catch, catch_value, wanted};
 use crate::owner::{KvmOwner, Owner, SoftwareOwner};
@@ -18,8 +19,8 @@ pub extern "C" fn guestmemfd_abi() -> u32 {
     GUESTMEMFD_ABI
 }
 
-/// A VM over one that the caller opened and runs. `abi` is GUESTMEMFD_ABI as the caller was compiled
-/// with. Both descriptors are duplicated.
+/// A VM over one that the caller opened and runs. `abi` is GUESTMEMFD_ABI as the caller was
+/// compiled with. Both descriptors are duplicated.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_new(
     abi: u32,
@@ -83,8 +84,8 @@ fn new_vm(
     Ok(())
 }
 
-/// Frees a VM. Its backends must have been freed. No other call with it may be under way, and none may
-/// follow. NULL is allowed.
+/// Frees a VM. Its backends must have been freed. No other call with it may be under way, and none
+/// may follow. NULL is allowed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_free(vm: *mut guestmemfd_vm) {
     if !vm.is_null() {
@@ -94,9 +95,9 @@ pub unsafe extern "C" fn guestmemfd_vm_free(vm: *mut guestmemfd_vm) {
 }
 
 /// The VM got a new descriptor, as in a confidential reset. All windows must have been removed.
-/// Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and all its
-/// pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared is gone too,
-/// and guestmemfd_backend_shared_fd() is to be mapped again.
+/// Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and
+/// all its pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared
+/// is gone too, and guestmemfd_backend_shared_fd() is to be mapped again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_rebind(
     vm: *mut guestmemfd_vm,
@@ -116,8 +117,8 @@ pub unsafe extern "C" fn guestmemfd_vm_rebind(
 
 /// A KVM slot is about to be created over `size` bytes from `offset` of a backend. `*binding` tells
 /// whether it is to carry the guest_memfd: GUESTMEMFD_BINDING_BOUND if that is `wanted`, unless the
-/// backend forbids it or another window of these pages is bound. Attributes are brought in line with
-/// the pages' states.
+/// backend forbids it or another window of these pages is bound. Attributes are brought in line
+/// with the pages' states.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_add_window(
     vm: *mut guestmemfd_vm,
@@ -152,8 +153,8 @@ pub unsafe extern "C" fn guestmemfd_vm_add_window(
     })
 }
 
-/// A KVM slot has been deleted. Attributes stay until guestmemfd_vm_commit_windows(), so that a slot
-/// that comes back unchanged costs nothing.
+/// A KVM slot has been deleted. Attributes stay until guestmemfd_vm_commit_windows(), so that a
+/// slot that comes back unchanged costs nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_remove_window(
     vm: *mut guestmemfd_vm,
@@ -180,8 +181,8 @@ pub unsafe extern "C" fn guestmemfd_vm_commit_windows(
     catch(error, || Ok(vm?.vm.clear_stale_windows()?))
 }
 
-/// Tries again to punch every hole that the kernel has refused to punch, so that the memory which it
-/// accounts is what the states say. An error is the first; all are tried.
+/// Tries again to punch every hole that the kernel has refused to punch, so that the memory which
+/// it accounts is what the states say. An error is the first; all are tried.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_punch_owed(
     vm: *const guestmemfd_vm,
@@ -210,9 +211,9 @@ pub unsafe extern "C" fn guestmemfd_vm_owns(vm: *const guestmemfd_vm, gpa: u64, 
 }
 
 /// Serves KVM_EXIT_MEMORY_FAULT with the numbers of the exit, for an address that
-/// guestmemfd_vm_owns(). `intent` is the view that the guest's access asks for: private if the exit's
-/// flags hold KVM_MEMORY_EXIT_FLAG_PRIVATE. Whatever it returns, enter the guest again: on an error
-/// the next fault asks for the same.
+/// guestmemfd_vm_owns(). `intent` is the view that the guest's access asks for: private if the
+/// exit's flags hold KVM_MEMORY_EXIT_FLAG_PRIVATE. Whatever it returns, enter the guest again: on
+/// an error the next fault asks for the same.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_memory_fault(
     vm: *mut guestmemfd_vm,
@@ -234,13 +235,13 @@ pub unsafe extern "C" fn guestmemfd_vm_memory_fault(
     })
 }
 
-/// Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them; what
-/// it returns is the answer to the guest.
+/// Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them;
+/// what it returns is the answer to the guest.
 ///
 /// All of the request is checked before anything moves. It is then carried out in steps of at most
-/// 1 GiB; after an error those before it have taken effect, and asked again they cost nothing. -EINTR
-/// only if the interrupted callback asked for it: then call again, as the guest will not. -EAGAIN only
-/// if the gap callback answered that.
+/// 1 GiB; after an error those before it have taken effect, and asked again they cost nothing.
+/// -EINTR only if the interrupted callback asked for it: then call again, as the guest will not.
+/// -EAGAIN only if the gap callback answered that.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_map_gpa_range(
     vm: *mut guestmemfd_vm,

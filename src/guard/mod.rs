@@ -134,7 +134,8 @@ fn check_guardable(backend: &Backend) -> Result<()> {
     }
     if backend.mode() == Mode::InPlace {
         return refused(
-            "memory is converted in place, and the kernel itself answers such an access with SIGBUS",
+            "memory is converted in place, and the kernel itself answers such an access with \
+             SIGBUS",
         );
     }
     if backend.config().start == PageState::Private {

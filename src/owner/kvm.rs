@@ -27,8 +27,8 @@ use crate::views::{KernelFile, ViewFile};
 /// have.
 const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
 
-/// `KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES`: the attributes that this VM's guest_memfd keep. Where they
-/// do, the VM has no others.
+/// `KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES`: the attributes that this VM's guest_memfd keep. Where
+/// they do, the VM has no others.
 const KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: u64 = 252;
 
 /// `GUEST_MEMFD_FLAG_*` of `include/uapi/linux/kvm.h`.
@@ -175,8 +175,8 @@ impl Offers {
             () if !self.guest_memfd => lacks(NO_GUEST_MEMFD),
             () if self.file_attributes & PRIVATE == 0 => lacks(
                 "KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES lacks KVM_MEMORY_ATTRIBUTE_PRIVATE; Linux \
-                 7.4 or later is needed, with module parameter kvm.gmem_in_place_conversion=1, and a \
-                 confidential guest",
+                 7.4 or later is needed, with module parameter kvm.gmem_in_place_conversion=1, and \
+                 a confidential guest",
             ),
             () if self.flags & FLAG_MMAP == 0 => {
                 lacks("KVM_CAP_GUEST_MEMFD_FLAGS lacks GUEST_MEMFD_FLAG_MMAP for this VM's type")

@@ -68,8 +68,9 @@ impl InPlaceFile for KvmInPlaceFile {
             },
             ..Attributes::default()
         };
-        // SAFETY: a structure of the kernel's form that lives as long as the call; the pages that the
-        // call takes from the host's mapping are the host's no more, which is the caller's doing.
+        // SAFETY: a structure of the kernel's form that lives as long as the call; the pages that
+        // the call takes from the host's mapping are the host's no more, which is the caller's
+        // doing.
         let set = retry_on_intr(|| unsafe { rustix::ioctl::ioctl(self.fd(), &mut attributes) });
         set.map_err(|errno| match errno {
             Errno::AGAIN => Refusal::InUse {

@@ -89,8 +89,8 @@ impl Owner for SoftwareOwner {
     }
 }
 
-/// A memfd that refuses the host's reads and writes of private pages, as the kernel refuses those of
-/// a guest_memfd. A mapping of it sees them all the same.
+/// A memfd that refuses the host's reads and writes of private pages, as the kernel refuses those
+/// of a guest_memfd. A mapping of it sees them all the same.
 #[derive(Debug)]
 struct SoftwareInPlaceFile {
     memfd: KernelFile,

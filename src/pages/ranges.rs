@@ -309,20 +309,28 @@ mod tests {
 
     proptest! {
         #[test]
-        fn minus_and_intersection_split_a_range(a in 0u64..50, b in 1u64..50, c in 0u64..50, d in 1u64..50) {
+        fn minus_and_intersection_split_a_range(
+            (a, b) in (0u64..50, 1u64..50),
+            (c, d) in (0u64..50, 1u64..50),
+        ) {
             let (x, y) = (range(a, a + b), range(c, c + d));
             let [before, behind] = x.minus(y);
             for page in 0..110 {
                 let inside = |r: Option<Range>| r.is_some_and(|r| r.contains(page));
                 prop_assert_eq!(inside(x.intersection(y)), x.contains(page) && y.contains(page));
-                prop_assert_eq!(inside(before) || inside(behind), x.contains(page) && !y.contains(page));
+                let is_rest = x.contains(page) && !y.contains(page);
+                prop_assert_eq!(inside(before) || inside(behind), is_rest);
             }
         }
 
         #[test]
         fn covering_bytes_is_the_smallest(start in any::<u64>(), size in any::<u64>()) {
             match Range::covering_bytes(start, size) {
-                None => prop_assert!(size == 0 || start.checked_add(size).is_none_or(|e| e > u64::MAX - PAGE_SIZE)),
+                None => {
+                    let end = start.checked_add(size);
+                    let is_too_large = end.is_none_or(|end| end > u64::MAX - PAGE_SIZE);
+                    prop_assert!(size == 0 || is_too_large);
+                }
                 Some(r) => {
                     prop_assert!(r.start_bytes() <= start && start - r.start_bytes() < PAGE_SIZE);
                     let (end, wanted) = (r.start_bytes() + r.bytes(), start + size);

@@ -274,7 +274,8 @@ impl PageStates {
         if page + 1 == limit {
             return limit;
         }
-        // So it is when a guest starts; to look at untouched bitmaps would have the kernel map them.
+        // So it is when a guest starts; to look at untouched bitmaps would have the kernel map
+        // them.
         if self.count(state) == self.pages() {
             return limit;
         }

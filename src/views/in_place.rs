@@ -13,12 +13,12 @@ use crate::views::ViewFile;
 
 /// A guest_memfd that keeps the attributes of its pages, and that the host maps.
 pub trait InPlaceFile: ViewFile {
-    /// The guest sees this view of these pages from now on, and the host may use the shared one. All
-    /// of them change, or none; what is so already costs little.
+    /// The guest sees this view of these pages from now on, and the host may use the shared one.
+    /// All of them change, or none; what is so already costs little.
     ///
     /// # Errors
-    /// [`Refusal::InUse`] only towards private, and only for a moment or as long as somebody uses the
-    /// page: nobody may map, pin or hold a page that is private.
+    /// [`Refusal::InUse`] only towards private, and only for a moment or as long as somebody uses
+    /// the page: nobody may map, pin or hold a page that is private.
     fn set_attributes(&self, pages: FilePages, view: View) -> Result<(), Refusal>;
 }
 
@@ -43,8 +43,8 @@ pub struct InPlace {
     pub file: Arc<dyn InPlaceFile>,
 }
 
-/// How often a refusal is tried again at once: pages are held for a moment by the kernel itself, where
-/// it looks at them or keeps them for another CPU.
+/// How often a refusal is tried again at once: pages are held for a moment by the kernel itself,
+/// where it looks at them or keeps them for another CPU.
 const TRIES: u32 = 4;
 
 impl InPlace {

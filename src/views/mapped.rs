@@ -49,8 +49,8 @@ fn pages_of(offset: u64, bytes: &[u8]) -> Option<(FilePages, usize)> {
     Some((pages, (offset % PAGE_SIZE) as usize))
 }
 
-/// Which pages of a mapping are allocated. A guest_memfd is never swapped out, so those that are not
-/// in memory are holes.
+/// Which pages of a mapping are allocated. A guest_memfd is never swapped out, so those that are
+/// not in memory are holes.
 fn allocated_pages(mapping: &MmapRegion) -> io::Result<Vec<bool>> {
     pages_in_memory(mapping.as_ptr(), mapping.size())
 }

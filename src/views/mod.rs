@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The views of a backend: the files behind them, and by which strategy a view is opened and closed.
+//! The views of a backend: the files behind them, and by which strategy a view is opened and
+//! closed.
 
 pub mod in_place;
 pub mod mapped;
@@ -67,8 +68,8 @@ pub trait ViewFile: Debug + Send + Sync {
     /// The kernel's refusal; some bytes may have been written.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
-    /// Allocated bytes as the kernel accounts them for the file. 0 for every guest_memfd: the kernel
-    /// does not tell.
+    /// Allocated bytes as the kernel accounts them for the file. 0 for every guest_memfd: the
+    /// kernel does not tell.
     ///
     /// # Errors
     /// The kernel's refusal.

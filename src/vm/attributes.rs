@@ -30,7 +30,8 @@ impl Vm {
         Ok(())
     }
 
-    /// After a failure. Where this fails too, it is made up for before the pages are converted again.
+    /// After a failure. Where this fails too, it is made up for before the pages are converted
+    /// again.
     pub(super) fn set_attributes_back(&self, runs: &[Run<'_>], view: View, later: &mut Later<'_>) {
         for run in runs {
             if let Err(error) = self.set_attributes_of(run.backend, run.pages, view) {

@@ -2,8 +2,8 @@
 
 //! Conversions: moving pages from one view to the other.
 //!
-//! All of a request is checked before anything moves. It is then carried out in steps of at most
-//! 1 GiB and at most 1,024 runs of states: a step takes effect as a whole or not at all, and between
+//! All of a request is checked before anything moves. It is then carried out in steps of at most 1
+//! GiB and at most 1,024 runs of states: a step takes effect as a whole or not at all, and between
 //! two of them nothing is claimed and an interruption is seen. So no request takes memory or time
 //! without a bound, whatever the guest has done to the states before.
 //!
@@ -28,7 +28,8 @@ use crate::vm::wait::Wait;
 use crate::vm::{STEP_PAGES, Vm};
 use crate::windows::{Part, Window};
 
-/// How long a pin lasts that is worth a wait with pages in transition. Others wait for them meanwhile.
+/// How long a pin lasts that is worth a wait with pages in transition. Others wait for them
+/// meanwhile.
 pub(super) const SHORT_PIN: Duration = Duration::from_millis(5);
 
 /// What a request decides besides the pages that it names.
@@ -66,7 +67,8 @@ impl Vm {
     /// [`Error::Gap`], [`Error::Unbound`], [`Error::NeverPrivate`]: all of the request is checked
     /// before anything moves. [`Error::Pinned`], [`Error::SetAttributes`], [`Error::Punch`],
     /// [`Error::Listener`]: earlier steps of a large request have taken effect, the one that failed
-    /// has changed nothing. [`Error::Interrupted`] likewise: asked again, what is done costs nothing.
+    /// has changed nothing. [`Error::Interrupted`] likewise: asked again, what is done costs
+    /// nothing.
     pub fn convert(&self, guest: GuestPages, to: View) -> Result<u64> {
         self.convert_with(guest, to, Decide::Exactly)
     }

@@ -14,8 +14,8 @@ use crate::windows::{Binding, Window};
 
 impl Vm {
     /// Shows pages of a backend to the guest and brings the attributes there in line with their
-    /// states. Returns how the window is bound: as `wanted` unless the backend forbids it or another
-    /// window of these pages is bound.
+    /// states. Returns how the window is bound: as `wanted` unless the backend forbids it or
+    /// another window of these pages is bound.
     ///
     /// # Errors
     /// [`Error::OutsideBackend`], [`Error::Overlap`], [`Error::OtherVm`], and
@@ -64,8 +64,8 @@ impl Vm {
     /// The guest no longer sees this window. Attributes stay until
     /// [`Vm::clear_stale_windows`], so that a window that comes back unchanged costs nothing.
     ///
-    /// A conversion under way keeps the attributes of stale windows in line too, so there is nothing
-    /// to wait for.
+    /// A conversion under way keeps the attributes of stale windows in line too, so there is
+    /// nothing to wait for.
     ///
     /// # Errors
     /// [`Error::NoWindow`].
@@ -95,8 +95,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Clears the attributes of windows wherever they may be set. The caller has claimed them. Where
-    /// the file has them, they have nothing to do with windows.
+    /// Clears the attributes of windows wherever they may be set. The caller has claimed them.
+    /// Where the file has them, they have nothing to do with windows.
     fn clear_attributes(&self, windows: &[Window]) -> Result<()> {
         for window in windows {
             let Some(backend) = self.backend(window.backend) else {

@@ -32,8 +32,8 @@ use crate::pages::states::View;
 use crate::views::{Mode, ViewFile};
 use crate::windows::{Layout, Part, WindowTable};
 
-/// At most so many pages (1 GiB) are claimed at once: whoever waits for a step of a request does not
-/// wait for all of it.
+/// At most so many pages (1 GiB) are claimed at once: whoever waits for a step of a request does
+/// not wait for all of it.
 const STEP_PAGES: u64 = 1 << 18;
 
 /// A VM with backends. All functions may be called from any thread.
@@ -100,13 +100,14 @@ impl Vm {
         }
     }
 
-    /// Creates a backend and its files: one guest_memfd for both views where the kernel offers that, a
-    /// guest_memfd and a memfd for other guests with private memory, one guest_memfd that the host
-    /// maps for guests without.
+    /// Creates a backend and its files: one guest_memfd for both views where the kernel offers
+    /// that, a guest_memfd and a memfd for other guests with private memory, one guest_memfd that
+    /// the host maps for guests without.
     ///
     /// # Errors
-    /// [`Error::Range`] for a size that is none, [`Error::Unsupported`], [`Error::DemandedMode`] and
-    /// [`Error::NoMode`] for what kernel or VM lack, [`Error::CreateFile`], [`Error::NoMemory`].
+    /// [`Error::Range`] for a size that is none, [`Error::Unsupported`], [`Error::DemandedMode`]
+    /// and [`Error::NoMode`] for what kernel or VM lack, [`Error::CreateFile`],
+    /// [`Error::NoMemory`].
     pub fn create_backend(&self, mut config: BackendConfig) -> Result<Arc<Backend>> {
         let created = create::create(self.owner().as_ref(), &mut config)?;
         self.add_backend(config, created)
@@ -136,8 +137,8 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::InUse`] while it has windows, [`Error::OtherVm`]; nothing is done then.
-    /// [`Error::SetAttributes`] if attributes of its old places could not be cleared: the backend is
-    /// forgotten, and they are cleared when the layout changes the next time.
+    /// [`Error::SetAttributes`] if attributes of its old places could not be cleared: the backend
+    /// is forgotten, and they are cleared when the layout changes the next time.
     pub fn remove_backend(&self, backend: &Backend) -> Result<()> {
         backend.check_vm(self.id)?;
         check_no_callback(self.id)?;

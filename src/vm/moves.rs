@@ -68,9 +68,9 @@ impl<'a> Moves<'a> {
         }
     }
 
-    /// Marks those pages of a range that `takes_part` accepts, as far as there is room for more runs
-    /// of states. The caller has claimed them, so a page in transition is one that the request names
-    /// twice. Returns the page behind the last that was looked at.
+    /// Marks those pages of a range that `takes_part` accepts, as far as there is room for more
+    /// runs of states. The caller has claimed them, so a page in transition is one that the request
+    /// names twice. Returns the page behind the last that was looked at.
     pub(super) fn mark(
         &mut self,
         backend: &'a Arc<Backend>,
@@ -244,8 +244,8 @@ impl<'a> Moves<'a> {
     }
 }
 
-/// Marks the runs of some pages that `takes_part` accepts; returns them with the state each had, and
-/// the page behind the last that there was room to look at.
+/// Marks the runs of some pages that `takes_part` accepts; returns them with the state each had,
+/// and the page behind the last that there was room to look at.
 fn mark_runs(
     backend: &Backend,
     pages: FilePages,

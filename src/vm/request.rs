@@ -48,12 +48,12 @@ impl Vm {
 
     /// Serves `KVM_EXIT_MEMORY_FAULT`. Returns how many pages have changed.
     ///
-    /// `intent` is the view that the access asks for. Only the shared view appears in a window that is
-    /// not bound, so an access there asks for that one, whatever the exit says.
+    /// `intent` is the view that the access asks for. Only the shared view appears in a window that
+    /// is not bound, so an access there asks for that one, whatever the exit says.
     ///
     /// # Errors
-    /// [`Error::Range`], and those of [`Vm::convert`] but [`Error::Pinned`] and [`Error::Held`]: the guest touches the page
-    /// again, and waits again.
+    /// [`Error::Range`], and those of [`Vm::convert`] but [`Error::Pinned`] and [`Error::Held`]:
+    /// the guest touches the page again, and waits again.
     pub fn memory_fault(&self, gpa: u64, size: u64, intent: View) -> Result<u64> {
         let guest = GuestPages::from_bytes(gpa, size)?;
         let unbound = |part: &Part| matches!(part, Part::Window(w) if !w.is_bound());
@@ -85,8 +85,8 @@ impl Vm {
         })
     }
 
-    /// Has a request served, measures that if somebody wants to know, and tells if it fails through no
-    /// fault of the guest's.
+    /// Has a request served, measures that if somebody wants to know, and tells if it fails through
+    /// no fault of the guest's.
     fn watch(
         &self,
         backend: Option<&Backend>,

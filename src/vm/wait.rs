@@ -27,8 +27,8 @@ pub(super) struct Wait {
 }
 
 impl Wait {
-    /// How much longer it may wait; `None` if it has waited long enough. One that has not waited yet
-    /// always may: what is free at the deadline has been waited for.
+    /// How much longer it may wait; `None` if it has waited long enough. One that has not waited
+    /// yet always may: what is free at the deadline has been waited for.
     fn left(&self, timeout: Duration) -> Option<Duration> {
         match self.since {
             None => Some(timeout),
@@ -65,8 +65,8 @@ impl Vm {
         }
     }
 
-    /// Waits for somebody whom only the kernel knows, in pauses that grow: each try costs it a look at
-    /// the pages. `held` is what to return when that has been long enough.
+    /// Waits for somebody whom only the kernel knows, in pauses that grow: each try costs it a look
+    /// at the pages. `held` is what to return when that has been long enough.
     pub(super) fn wait_for_holder(
         &self,
         guest: GuestPages,
