@@ -47,9 +47,9 @@ int clock_gettime(clockid_t clock, struct timespec *time)
     return syscall(SYS_clock_gettime, clock, time);
 }
 
-static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, bool to_private)
+static int32_t on_gap(void *opaque, uint64_t gpa, uint64_t size, guestmemfd_view to)
 {
-    (void)opaque, (void)gpa, (void)size, (void)to_private;
+    (void)opaque, (void)gpa, (void)size, (void)to;
     return -EINVAL;
 }
 
@@ -90,7 +90,8 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     must(guestmemfd_vm_new_software(GUESTMEMFD_ABI, &callbacks, &vm, &error), &error);
     must(guestmemfd_backend_new(vm, &config, &backend, &error), &error);
-    must(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, 0, &binding, &error), &error);
+    must(guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, GUESTMEMFD_BINDING_BOUND, &binding,
+                                  &error), &error);
 #ifdef OTHER_STD
     check(other_std_catches(), "the other library catches its own panic");
 #endif
