@@ -12,7 +12,7 @@ use crate::pages::states::View;
 use crate::views::ViewFile;
 
 /// A guest_memfd that keeps the attributes of its pages, and that the host maps.
-pub trait InPlaceFile: ViewFile {
+pub trait InPlaceFile: ViewFile + AsViewFile {
     /// The guest sees this view of these pages from now on, and the host may use the shared one.
     /// All of them change, or none; what is so already costs little.
     ///
@@ -20,6 +20,19 @@ pub trait InPlaceFile: ViewFile {
     /// [`Refusal::InUse`] only towards private, and only for a moment or as long as somebody uses
     /// the page: nobody may map, pin or hold a page that is private.
     fn set_attributes(&self, pages: FilePages, view: View) -> Result<(), Refusal>;
+}
+
+/// An [`InPlaceFile`] as the file behind a view. Since Rust 1.86 a reference to the one coerces to the
+/// other; until then every file brings this along.
+pub trait AsViewFile {
+    /// The same file.
+    fn as_view_file(&self) -> &dyn ViewFile;
+}
+
+impl<T: ViewFile> AsViewFile for T {
+    fn as_view_file(&self) -> &dyn ViewFile {
+        self
+    }
 }
 
 /// Why attributes have not been set.

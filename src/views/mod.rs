@@ -103,7 +103,7 @@ impl Views {
         match self {
             Views::TwoFiles(files) => files.file(view),
             Views::Mapped(mapped) => mapped.file.as_ref(),
-            Views::InPlace(in_place) => in_place.file.as_ref(),
+            Views::InPlace(in_place) => in_place.file.as_view_file(),
         }
     }
 }
