@@ -187,7 +187,7 @@ impl Drop for Claim<'_> {
 }
 
 #[cfg(test)]
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -322,7 +322,7 @@ mod tests {
 /// The same protocol under many schedules, in which no wait ever times out: a wake-up that is
 /// missing is a deadlock. `cargo test --lib --features shuttle claim`
 #[cfg(test)]
-#[cfg(feature = "shuttle")]
+#[cfg(all(feature = "shuttle", not(feature = "loom")))]
 mod schedules {
     use super::*;
     use shuttle::sync::Arc;

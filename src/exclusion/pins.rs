@@ -10,12 +10,10 @@
 //! steps; the rest of a range is counted page by page, so that a ring does not hold up conversions
 //! next to it. Counters of pages cost memory only where pages are pinned.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
-
-use crate::exclusion::sync::ASK_INTERVAL;
+use crate::exclusion::sync::{ASK_INTERVAL, Condvar, Mutex};
+use crate::pages::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use crate::pages::closed::{CHUNK, Closed, Fragment};
 use crate::pages::ranges::{FilePages, PAGE_SIZE};
 use crate::pages::zeroed::Zeroed;
@@ -85,7 +83,7 @@ impl Pins {
             pinned: AtomicU64::new(0),
             waiting: AtomicU32::new(0),
             lock: Mutex::default(),
-            unpinned: Condvar::new(),
+            unpinned: Condvar::default(),
         })
     }
 
@@ -289,6 +287,7 @@ impl Pins {
 }
 
 #[cfg(test)]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

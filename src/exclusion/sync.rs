@@ -1,30 +1,33 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The locks that claims are made of: parking_lot's, or, with the feature `shuttle`, ones whose
-//! schedules a test explores.
+//! The locks that claims and pins are made of: parking_lot's, or ones whose schedules a test
+//! explores. With the feature `shuttle` those are many by chance, with `loom` all there are.
 
 use std::time::Duration;
 
 /// How often a waiting thread asks whether it is to give up.
 pub(crate) const ASK_INTERVAL: Duration = Duration::from_millis(10);
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub(crate) use parking_lot::{Condvar, Mutex};
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub(crate) use std::thread;
 
-#[cfg(feature = "shuttle")]
-pub(crate) use explored::{Condvar, Mutex};
-#[cfg(feature = "shuttle")]
-pub(crate) use shuttle::thread;
+#[cfg(feature = "loom")]
+use loom as explorer;
+#[cfg(all(feature = "shuttle", not(feature = "loom")))]
+use shuttle as explorer;
 
-/// Shuttle's locks with parking_lot's interface.
-#[cfg(feature = "shuttle")]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
+pub(crate) use {explored::Condvar, explored::Mutex, explorer::thread};
+
+/// Their locks with parking_lot's interface.
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 mod explored {
     use std::ops::{Deref, DerefMut};
     use std::time::Duration;
 
-    use shuttle::sync;
+    use super::explorer::sync;
 
     #[derive(Debug, Default)]
     pub(crate) struct Mutex<T>(sync::Mutex<T>);

@@ -3,13 +3,13 @@
 //! Which chunks of a backend have pages that the host may not use, for readers that take no lock.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
+use crate::pages::atomic::{AtomicU32, Ordering::SeqCst};
 use crate::pages::ranges::FilePages;
 use crate::pages::zeroed::Zeroed;
 
-/// Pages of a chunk: 4 MiB.
-pub(crate) const CHUNK: u64 = 1024;
+/// Pages of a chunk: 4 MiB. Two where orders are explored, which takes longer with each counter.
+pub(crate) const CHUNK: u64 = if cfg!(feature = "loom") { 2 } else { 1024 };
 
 /// What a range has of a chunk.
 #[derive(Clone, Copy)]

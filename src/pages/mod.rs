@@ -3,6 +3,7 @@
 //! Pages: ranges of them, sets of them, and the state of each. Pure: no lock, no system call but
 //! the mapping that a bitmap lives in.
 
+pub(crate) mod atomic;
 pub(crate) mod bitmap;
 pub(crate) mod closed;
 pub mod ranges;

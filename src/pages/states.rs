@@ -329,6 +329,7 @@ fn flip_for(value: bool) -> u64 {
 }
 
 #[cfg(test)]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;
