@@ -11,9 +11,9 @@ pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64};
 #[cfg(feature = "loom")]
 pub(crate) use explored::{AtomicU32, AtomicU64};
 
-/// Loom takes `SeqCst` accesses for acquiring and releasing ones, but knows what a `SeqCst` fence is.
-/// One before a load keeps it behind all that its thread has done before, which is what a `SeqCst`
-/// load adds; a change reads the newest value anyway.
+/// Loom takes `SeqCst` accesses for acquiring and releasing ones, but knows what a `SeqCst` fence
+/// is. One before a load keeps it behind all that its thread has done before, which is what a
+/// `SeqCst` load adds; a change reads the newest value anyway.
 #[cfg(feature = "loom")]
 mod explored {
     use loom::sync::atomic::{self, Ordering, fence};

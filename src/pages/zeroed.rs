@@ -21,8 +21,8 @@ pub(crate) use mapping::Zeroed;
 /// Which pages of a range of addresses are in memory. An error where nothing is mapped.
 pub(crate) fn pages_in_memory(start: *mut u8, size: usize) -> io::Result<Vec<bool>> {
     let mut present = vec![0_u8; size.div_ceil(PAGE_SIZE as usize)];
-    // SAFETY: the vector has a byte for each page, which is what the call writes; the range is only looked
-    // up, and may be any.
+    // SAFETY: the vector has a byte for each page, which is what the call writes; the range is only
+    // looked up, and may be any.
     let status = unsafe { libc::mincore(start.cast(), size, present.as_mut_ptr()) };
     match status {
         0 => Ok(present.iter().map(|page| page & 1 != 0).collect()),

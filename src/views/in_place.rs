@@ -22,8 +22,8 @@ pub trait InPlaceFile: ViewFile + AsViewFile {
     fn set_attributes(&self, pages: FilePages, view: View) -> Result<(), Refusal>;
 }
 
-/// An [`InPlaceFile`] as the file behind a view. Since Rust 1.86 a reference to the one coerces to the
-/// other; until then every file brings this along.
+/// An [`InPlaceFile`] as the file behind a view. Since Rust 1.86 a reference to the one coerces to
+/// the other; until then every file brings this along.
 pub trait AsViewFile {
     /// The same file.
     fn as_view_file(&self) -> &dyn ViewFile;

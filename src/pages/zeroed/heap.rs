@@ -9,8 +9,8 @@ use std::ops::{Deref, DerefMut};
 pub(crate) struct Zeroed<T>(Vec<T>);
 
 impl<T: Default> Zeroed<T> {
-    /// So many zeroes, which is the default of all that there are arrays of. `None` where there is no
-    /// memory, or no address space.
+    /// So many zeroes, which is the default of all that there are arrays of. `None` where there is
+    /// no memory, or no address space.
     pub(crate) fn new(count: u64) -> Option<Self> {
         let count = usize::try_from(count).ok()?;
         let mut values = Vec::new();

@@ -12,8 +12,9 @@ use std::ptr::{self, NonNull};
 use bytemuck::Zeroable;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-/// A mapping of its own. An allocator that has grown used to large blocks takes them from its heap, and
-/// clears there what it has had before: 64 GiB of guest memory then cost megabytes from the start.
+/// A mapping of its own. An allocator that has grown used to large blocks takes them from its heap,
+/// and clears there what it has had before: 64 GiB of guest memory then cost megabytes from the
+/// start.
 pub(crate) struct Zeroed<T> {
     first: NonNull<T>,
     count: usize,
@@ -45,14 +46,14 @@ impl<T: Zeroable> Zeroed<T> {
 
 fn map(bytes: usize) -> Option<NonNull<c_void>> {
     let access = ProtFlags::READ | ProtFlags::WRITE;
-    // Four bytes a page are a gigabyte for a large guest, of which little is ever written: it is not
-    // to count against what the system may promise.
+    // Four bytes a page are a gigabyte for a large guest, of which little is ever written: it is
+    // not to count against what the system may promise.
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: the kernel chooses the place, so that nothing is replaced.
     let mapped = unsafe { mmap_anonymous(ptr::null_mut(), bytes, access, flags) };
     let mapped = NonNull::new(mapped.ok()?)?;
-    // A single pin would take 2 MiB, and a core dump of the host's has no use for counters. A kernel
-    // that knows neither does without.
+    // A single pin would take 2 MiB, and a core dump of the host's has no use for counters. A
+    // kernel that knows neither does without.
     for advice in [Advice::LinuxNoHugepage, Advice::LinuxDontDump] {
         // SAFETY: the mapping is ours, and these change nothing that can be read from it.
         let _ = unsafe { madvise(mapped.as_ptr(), bytes, advice) };
@@ -65,8 +66,9 @@ impl<T> Deref for Zeroed<T> {
 
     #[inline]
     fn deref(&self) -> &[T] {
-        // SAFETY: where there are values, they have a mapping with room for them, aligned to a page, that
-        // lives as long as `self`. What nobody has written reads as zeroes, which are a value of T.
+        // SAFETY: where there are values, they have a mapping with room for them, aligned to a
+        // page, that lives as long as `self`. What nobody has written reads as zeroes, which are a
+        // value of T.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }
 }
