@@ -87,8 +87,8 @@ typedef struct guestmemfd_backend_config {
      */
     bool confidential;
     /**
-     * KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over its
-     * mapping.
+     * KVM slots are to carry the file of GUESTMEMFD_MODE_MAPPED, in place of ordinary slots over
+     * its mapping.
      */
     bool bind;
     /**
@@ -215,8 +215,8 @@ typedef struct guestmemfd_stats {
      */
     uint64_t pinned_bytes;
     /**
-     * Bytes whose hole the kernel has refused to punch, and that is punched before they are exposed
-     * again.
+     * Bytes whose hole the kernel has refused to punch, and that is punched before they are
+     * exposed again.
      */
     uint64_t owed_hole_bytes;
     /**
@@ -233,8 +233,8 @@ typedef struct guestmemfd_stats {
     uint64_t lazy_chunk;
     /**
      * How long requests that moved pages to the private view have taken since
-     * guestmemfd_backend_watch_latency(): element 0 counts those under 1 us, element N those under 2^N us, the
-     * last one the rest.
+     * guestmemfd_backend_watch_latency(): element 0 counts those under 1 us, element N those under
+     * 2^N us, the last one the rest.
      */
     uint64_t latency_to_private[GUESTMEMFD_LATENCY_BUCKETS];
     /**
@@ -294,18 +294,18 @@ typedef struct guestmemfd_stray {
 } guestmemfd_stray;
 
 /**
- * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). Every one but `gap`
- * may be NULL.
+ * What the library asks of, and tells, its user; copied by guestmemfd_vm_new(). Every one but
+ * `gap` may be NULL.
  *
  * All are called from the thread that entered the library, but for stray, and for log with what a
- * guard has to say. None may ask for a conversion, free pages or change the windows: that fails with
- * -EDEADLK. Pins and questions are allowed, but not of bytes that another request may be moving,
- * which would wait for it.
+ * guard has to say. None may ask for a conversion, free pages or change the windows: that fails
+ * with -EDEADLK. Pins and questions are allowed, but not of bytes that another request may be
+ * moving, which would wait for it.
  *
- * begin and end bracket every step of a conversion, and of what frees pages. begin comes before any
- * claim is taken, so it is the place for a lock that map and unmap need (in QEMU, the BQL): a thread
- * that holds such a lock may itself wait for a claim. Register those who are told by map and unmap
- * before begin answers: one that comes later is not told of this step.
+ * begin and end bracket every step of a conversion, and of what frees pages. begin comes before
+ * any claim is taken, so it is the place for a lock that map and unmap need (in QEMU, the BQL): a
+ * thread that holds such a lock may itself wait for a claim. Register those who are told by map
+ * and unmap before begin answers: one that comes later is not told of this step.
  */
 typedef struct guestmemfd_callbacks {
     /**
@@ -313,8 +313,8 @@ typedef struct guestmemfd_callbacks {
      */
     void *opaque;
     /**
-     * A step begins. Are map and unmap to be called in it? If so, a private touch decides its own page
-     * alone even with lazy attributes: the bytes around it may be in use.
+     * A step begins. Are map and unmap to be called in it? If so, a private touch decides its own
+     * page alone even with lazy attributes: the bytes around it may be in use.
      */
     bool (*begin)(void *opaque);
     /**
@@ -331,14 +331,14 @@ typedef struct guestmemfd_callbacks {
     void (*unmap)(void *backend_opaque, uint64_t offset, uint64_t size);
     /**
      * A backend has new files: guestmemfd_backend_private_fd() and, with GUESTMEMFD_MODE_IN_PLACE,
-     * guestmemfd_backend_shared_fd(), which is to be mapped anew, now. unmap has been told before of all
-     * bytes whose file has gone, and map is told after this of those that may be used.
+     * guestmemfd_backend_shared_fd(), which is to be mapped anew, now. unmap has been told before
+     * of all bytes whose file has gone, and map is told after this of those that may be used.
      */
     void (*new_files)(void *backend_opaque);
     /**
-     * The bytes are to become private, and some are pinned. Whoever can do without lets go of its pins
-     * now, or soon: the request waits for those that stay. Called with no claim held, and not between
-     * begin and end.
+     * The bytes are to become private, and some are pinned. Whoever can do without lets go of its
+     * pins now, or soon: the request waits for those that stay. Called with no claim held, and not
+     * between begin and end.
      */
     void (*revoke)(void *backend_opaque, uint64_t offset, uint64_t size);
     /**
@@ -351,9 +351,9 @@ typedef struct guestmemfd_callbacks {
      */
     int32_t (*gap)(void *opaque, uint64_t gpa, uint64_t size, guestmemfd_view to);
     /**
-     * The kernel, pins or a refusing map kept a request of the guest's from being served. Earlier steps
-     * of it have taken effect. Called after end; a guest can cause it as often as it likes. `id` is that
-     * of the backend that the range begins in, or NULL.
+     * The kernel, pins or a refusing map kept a request of the guest's from being served. Earlier
+     * steps of it have taken effect. Called after end; a guest can cause it as often as it likes.
+     * `id` is that of the backend that the range begins in, or NULL.
      */
     void (*failed)(void *opaque,
                    const char *id,
@@ -362,9 +362,9 @@ typedef struct guestmemfd_callbacks {
                    guestmemfd_view to,
                    const char *message);
     /**
-     * A guard has caught an access to private bytes. Called from a thread of the library's while the
-     * thread that was caught, if it is one of this process, waits: so it must not wait for a lock that
-     * the other may hold, touch guest memory, or free the backend.
+     * A guard has caught an access to private bytes. Called from a thread of the library's while
+     * the thread that was caught, if it is one of this process, waits: so it must not wait for a
+     * lock that the other may hold, touch guest memory, or free the backend.
      */
     void (*stray)(void *backend_opaque, const struct guestmemfd_stray *stray);
     /**
@@ -393,8 +393,8 @@ typedef uint32_t guestmemfd_binding;
 #define GUESTMEMFD_VIEW_PRIVATE 1
 
 /**
- * The shared view alone: its KVM slot does not carry the guest_memfd. So it must be where the section
- * is read-only or dirty-logged.
+ * The shared view alone: its KVM slot does not carry the guest_memfd. So it must be where the
+ * section is read-only or dirty-logged.
  */
 #define GUESTMEMFD_BINDING_UNBOUND 0
 
@@ -404,8 +404,8 @@ typedef uint32_t guestmemfd_binding;
 #define GUESTMEMFD_BINDING_BOUND 1
 
 /**
- * The shared view alone, at a place where KVM reports an access to a private page: the shared alias
- * that a guest reaches by an address bit.
+ * The shared view alone, at a place where KVM reports an access to a private page: the shared
+ * alias that a guest reaches by an address bit.
  */
 #define GUESTMEMFD_BINDING_SHARED_ALIAS 2
 
@@ -506,8 +506,8 @@ int32_t guestmemfd_backend_new(struct guestmemfd_vm *vm,
                                struct guestmemfd_error *error);
 
 /**
- * Frees a backend, whose windows must have been removed, and closes its files. No other call with this
- * backend may be under way, and none may follow. NULL is allowed.
+ * Frees a backend, whose windows must have been removed, and closes its files. No other call with
+ * this backend may be under way, and none may follow. NULL is allowed.
  */
 void guestmemfd_backend_free(struct guestmemfd_backend *backend);
 
@@ -519,7 +519,8 @@ void guestmemfd_backend_free(struct guestmemfd_backend *backend);
 int32_t guestmemfd_backend_private_fd(const struct guestmemfd_backend *backend);
 
 /**
- * The file that the host maps. Borrowed: guestmemfd_backend_free() closes it. Duplicate it to keep it.
+ * The file that the host maps. Borrowed: guestmemfd_backend_free() closes it. Duplicate it to keep
+ * it.
  */
 int32_t guestmemfd_backend_shared_fd(const struct guestmemfd_backend *backend);
 
@@ -533,16 +534,16 @@ int32_t guestmemfd_backend_free_pages(struct guestmemfd_backend *backend,
                                       struct guestmemfd_error *error);
 
 /**
- * Frees all that is private; those pages become undecided, and what is shared stays: for a reset of a
- * guest that does not run. Takes the kernel seconds for tens of gigabytes, in steps between which
- * others get their turn, so call it from a thread that may take them.
+ * Frees all that is private; those pages become undecided, and what is shared stays: for a reset
+ * of a guest that does not run. Takes the kernel seconds for tens of gigabytes, in steps between
+ * which others get their turn, so call it from a thread that may take them.
  */
 int32_t guestmemfd_backend_free_private(struct guestmemfd_backend *backend,
                                         struct guestmemfd_error *error);
 
 /**
- * May the host use all of these bytes (QEMU's RamDiscardSource calls them populated)? Waits for steps
- * of conversions of them that other threads are in. No alignment is needed.
+ * May the host use all of these bytes (QEMU's RamDiscardSource calls them populated)? Waits for
+ * steps of conversions of them that other threads are in. No alignment is needed.
  */
 bool guestmemfd_backend_host_may_use(const struct guestmemfd_backend *backend,
                                      uint64_t offset,
@@ -559,8 +560,8 @@ int32_t guestmemfd_backend_pin(const struct guestmemfd_backend *backend,
                                struct guestmemfd_error *error);
 
 /**
- * Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and in the end nothing is done, if a
- * page of them is not pinned; meanwhile a conversion may miss pins of the others.
+ * Takes back guestmemfd_backend_pin() for the same bytes. -EINVAL, and in the end nothing is done,
+ * if a page of them is not pinned; meanwhile a conversion may miss pins of the others.
  */
 int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
                                  uint64_t offset,
@@ -569,13 +570,13 @@ int32_t guestmemfd_backend_unpin(const struct guestmemfd_backend *backend,
 
 /**
  * Guards private bytes, until the backend is freed, against accesses that go around every check:
- * guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the shared
- * file, and keeps it mapped until the backend is freed. -EOPNOTSUPP where nothing is private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP,
- * and without userfaultfd.
+ * guestmemfd_callbacks.stray tells of them. `host` is where this process has mapped all of the
+ * shared file, and keeps it mapped until the backend is freed. -EOPNOTSUPP where nothing is
+ * private, where memory starts private, with GUESTMEMFD_DISCARD_KEEP, and without userfaultfd.
  *
- * A thread that is caught reads zeros or writes for nothing. Of other processes only what they leave
- * behind is found, within some seconds, and freed. Each first touch of a shared page costs some tens of
- * microseconds.
+ * A thread that is caught reads zeros or writes for nothing. Of other processes only what they
+ * leave behind is found, within some seconds, and freed. Each first touch of a shared page costs
+ * some tens of microseconds.
  */
 int32_t guestmemfd_backend_guard(struct guestmemfd_backend *backend,
                                  void *host,
@@ -594,8 +595,8 @@ int32_t guestmemfd_backend_stats(const struct guestmemfd_backend *backend,
 
 /**
  * The states of a range: up to `*count` runs, of which `*count` then says how many there are.
- * Neighbouring runs differ. `*next` is where to go on if there was no room for all: the offset behind
- * the last run. Conversions go on meanwhile.
+ * Neighbouring runs differ. `*next` is where to go on if there was no room for all: the offset
+ * behind the last run. Conversions go on meanwhile.
  */
 int32_t guestmemfd_backend_map(const struct guestmemfd_backend *backend,
                                uint64_t offset,
@@ -611,8 +612,8 @@ int32_t guestmemfd_backend_map(const struct guestmemfd_backend *backend,
 uint32_t guestmemfd_abi(void);
 
 /**
- * A VM over one that the caller opened and runs. `abi` is GUESTMEMFD_ABI as the caller was compiled
- * with. Both descriptors are duplicated.
+ * A VM over one that the caller opened and runs. `abi` is GUESTMEMFD_ABI as the caller was
+ * compiled with. Both descriptors are duplicated.
  */
 int32_t guestmemfd_vm_new(uint32_t abi,
                           int32_t kvm_fd,
@@ -631,16 +632,16 @@ int32_t guestmemfd_vm_new_software(uint32_t abi,
                                    struct guestmemfd_error *error);
 
 /**
- * Frees a VM. Its backends must have been freed. No other call with it may be under way, and none may
- * follow. NULL is allowed.
+ * Frees a VM. Its backends must have been freed. No other call with it may be under way, and none
+ * may follow. NULL is allowed.
  */
 void guestmemfd_vm_free(struct guestmemfd_vm *vm);
 
 /**
  * The VM got a new descriptor, as in a confidential reset. All windows must have been removed.
- * Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and all its
- * pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared is gone too,
- * and guestmemfd_backend_shared_fd() is to be mapped again.
+ * Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and
+ * all its pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared
+ * is gone too, and guestmemfd_backend_shared_fd() is to be mapped again.
  */
 int32_t guestmemfd_vm_rebind(struct guestmemfd_vm *vm,
                              int32_t kvm_fd,
@@ -650,8 +651,8 @@ int32_t guestmemfd_vm_rebind(struct guestmemfd_vm *vm,
 /**
  * A KVM slot is about to be created over `size` bytes from `offset` of a backend. `*binding` tells
  * whether it is to carry the guest_memfd: GUESTMEMFD_BINDING_BOUND if that is `wanted`, unless the
- * backend forbids it or another window of these pages is bound. Attributes are brought in line with
- * the pages' states.
+ * backend forbids it or another window of these pages is bound. Attributes are brought in line
+ * with the pages' states.
  */
 int32_t guestmemfd_vm_add_window(struct guestmemfd_vm *vm,
                                  struct guestmemfd_backend *backend,
@@ -663,8 +664,8 @@ int32_t guestmemfd_vm_add_window(struct guestmemfd_vm *vm,
                                  struct guestmemfd_error *error);
 
 /**
- * A KVM slot has been deleted. Attributes stay until guestmemfd_vm_commit_windows(), so that a slot
- * that comes back unchanged costs nothing.
+ * A KVM slot has been deleted. Attributes stay until guestmemfd_vm_commit_windows(), so that a
+ * slot that comes back unchanged costs nothing.
  */
 int32_t guestmemfd_vm_remove_window(struct guestmemfd_vm *vm,
                                     uint64_t gpa,
@@ -678,8 +679,8 @@ int32_t guestmemfd_vm_commit_windows(struct guestmemfd_vm *vm,
                                      struct guestmemfd_error *error);
 
 /**
- * Tries again to punch every hole that the kernel has refused to punch, so that the memory which it
- * accounts is what the states say. An error is the first; all are tried.
+ * Tries again to punch every hole that the kernel has refused to punch, so that the memory which
+ * it accounts is what the states say. An error is the first; all are tried.
  */
 int32_t guestmemfd_vm_punch_owed(const struct guestmemfd_vm *vm,
                                  struct guestmemfd_error *error);
@@ -693,9 +694,9 @@ bool guestmemfd_vm_owns(const struct guestmemfd_vm *vm,
 
 /**
  * Serves KVM_EXIT_MEMORY_FAULT with the numbers of the exit, for an address that
- * guestmemfd_vm_owns(). `intent` is the view that the guest's access asks for: private if the exit's
- * flags hold KVM_MEMORY_EXIT_FLAG_PRIVATE. Whatever it returns, enter the guest again: on an error
- * the next fault asks for the same.
+ * guestmemfd_vm_owns(). `intent` is the view that the guest's access asks for: private if the
+ * exit's flags hold KVM_MEMORY_EXIT_FLAG_PRIVATE. Whatever it returns, enter the guest again: on
+ * an error the next fault asks for the same.
  */
 int32_t guestmemfd_vm_memory_fault(struct guestmemfd_vm *vm,
                                    uint64_t gpa,
@@ -704,13 +705,13 @@ int32_t guestmemfd_vm_memory_fault(struct guestmemfd_vm *vm,
                                    struct guestmemfd_error *error);
 
 /**
- * Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them; what
- * it returns is the answer to the guest.
+ * Serves KVM_HC_MAP_GPA_RANGE, which is x86's alone, with the arguments as the guest gave them;
+ * what it returns is the answer to the guest.
  *
  * All of the request is checked before anything moves. It is then carried out in steps of at most
- * 1 GiB; after an error those before it have taken effect, and asked again they cost nothing. -EINTR
- * only if the interrupted callback asked for it: then call again, as the guest will not. -EAGAIN only
- * if the gap callback answered that.
+ * 1 GiB; after an error those before it have taken effect, and asked again they cost nothing.
+ * -EINTR only if the interrupted callback asked for it: then call again, as the guest will not.
+ * -EAGAIN only if the gap callback answered that.
  */
 int32_t guestmemfd_vm_map_gpa_range(struct guestmemfd_vm *vm,
                                     uint64_t gpa,
