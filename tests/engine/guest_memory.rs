@@ -358,7 +358,7 @@ fn devices_and_conversions_of_the_same_pages_exclude_each_other() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let _done = SetOnDrop(&done);
-            for round in 0..400 {
+            for round in 0..150 {
                 let to = [View::Private, View::Shared][round % 2];
                 machine.convert_in_the_end(guest(1, 3), to);
                 machine.convert_in_the_end(guest(2, 4), to);
