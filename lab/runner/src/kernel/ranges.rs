@@ -18,7 +18,7 @@ const LARGE: u64 = 16 << 20;
 const NOISE_KIB: u64 = 512;
 
 /// With single private pages between shared ones, the tree has four levels.
-const RUNS: u64 = 16384;
+const RUNS: u64 = 8192;
 
 /// The kernel frees nodes that are out of use after a while.
 const SETTLE: Duration = Duration::from_millis(500);

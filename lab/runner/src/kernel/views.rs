@@ -155,7 +155,7 @@ fn holes() -> Result<()> {
 
 /// While a vCPU counts up in all pages and the host reads them, no count goes back.
 fn race() -> Result<()> {
-    const ROUNDS: u32 = 300;
+    const ROUNDS: u32 = 100;
     let (_vm, file, mut vcpu) = guest()?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
