@@ -43,7 +43,6 @@ pub(super) fn tests() -> Vec<Test> {
         test("long-same-vm-file", "", 2, 100, 25).only_in_full(),
         test("long-new-vm-file", new_file, 2, 100, 5).only_in_full(),
         answers("monitor-answers", "2G"),
-        answers("monitor-answers-16g", "16G").only_in_full(),
     ]
 }
 
