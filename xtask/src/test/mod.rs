@@ -7,6 +7,7 @@ mod msrv;
 mod patches;
 mod report;
 mod steps;
+mod style;
 mod uapi;
 
 use std::process::ExitCode;
@@ -80,6 +81,11 @@ impl TestStep {
 
 const STEPS: &[TestStep] = &[
     step("format", "rustfmt has nothing to change", steps::format),
+    step(
+        "style",
+        "the library's rooms import one way, and lines fit",
+        style_step,
+    ),
     step(
         "licences",
         "each file has the licence of its place",
@@ -156,6 +162,11 @@ const STEPS: &[TestStep] = &[
 
 fn licences_step(bench: &steps::Bench, _step: &Step) -> Result<Tally> {
     licences::check(bench.ctx)
+}
+
+fn style_step(bench: &steps::Bench, _step: &Step) -> Result<Tally> {
+    style::check(&bench.ctx.root)?;
+    Ok(Tally::pass(""))
 }
 
 fn msrv_step(bench: &steps::Bench, step: &Step) -> Result<Tally> {
