@@ -8,11 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
-use rustix::io::{Errno, retry_on_intr};
-
 use crate::pages::ranges::FilePages;
-use crate::views::ViewFile;
+use crate::views::{ViewFile, calls};
 
 /// A file of the kernel: a memfd, or a guest_memfd that nobody maps, whose bytes cannot be had.
 #[derive(Debug)]
@@ -34,10 +31,7 @@ impl KernelFile {
     /// # Errors
     /// The kernel's refusal.
     pub fn memfd(name: &str, bytes: u64) -> io::Result<Self> {
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        retry_on_intr(|| rustix::fs::ftruncate(&fd, bytes))?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-        Ok(Self::new(fd))
+        Ok(Self(Arc::new(calls::memfd(name, bytes)?)))
     }
 }
 
@@ -47,26 +41,11 @@ impl ViewFile for KernelFile {
     }
 
     fn punch_hole(&self, pages: FilePages) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        retry_on_intr(|| {
-            rustix::fs::fallocate(self.fd(), flags, pages.start_bytes(), pages.bytes())
-        })?;
-        Ok(())
+        calls::punch_hole(&self.0, pages)
     }
 
     fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
-        let seek = |from| retry_on_intr(|| rustix::fs::seek(self.fd(), from));
-        let data = match seek(SeekFrom::Data(pages.start_bytes())) {
-            // No data from here to the end of the file.
-            Err(Errno::NXIO) => return Ok(None),
-            data => data?,
-        };
-        if data >= pages.start_bytes() + pages.bytes() {
-            return Ok(None);
-        }
-        let hole = seek(SeekFrom::Hole(data))?;
-        let data = FilePages::covering_bytes(data, hole.saturating_sub(data));
-        Ok(data.and_then(|data| data.intersection(pages)))
+        calls::first_data(&self.0, pages)
     }
 
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
@@ -78,7 +57,6 @@ impl ViewFile for KernelFile {
     }
 
     fn allocated(&self) -> io::Result<u64> {
-        // st_blocks counts units of 512 bytes and is never negative.
-        Ok(rustix::fs::fstat(self.fd())?.st_blocks.unsigned_abs() * 512)
+        calls::allocated(&self.0)
     }
 }

@@ -3,6 +3,11 @@
 //! The views of a backend: the files behind them, and by which strategy a view is opened and
 //! closed.
 
+#[cfg(not(miri))]
+mod calls;
+#[cfg(miri)]
+#[path = "calls_miri.rs"]
+mod calls;
 pub mod in_place;
 pub mod mapped;
 pub(crate) mod memfd;
