@@ -11,6 +11,9 @@ use crate::context::Context;
 use crate::process::Job;
 use crate::progress::Step;
 
+/// The platform, to be named where what is built differs from what builds it.
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
+
 /// Cargo, as it was started, in the checkout.
 pub(crate) fn cargo(ctx: &Context) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

@@ -11,6 +11,7 @@ mod cargo;
 mod context;
 mod debian;
 mod fetch;
+mod fuzz;
 mod header;
 mod image;
 mod kernel;
@@ -54,6 +55,8 @@ enum Command {
     Boot(boot::Options),
     /// Run every test, and show a table
     Test(test::Options),
+    /// Look for input from guests, C programs and snapshots that the library cannot take
+    Fuzz(fuzz::Options),
     /// Measure what conversions cost, beside QEMU's own path and beside the least possible
     Bench(bench::Options),
     /// Build QEMU with the patches and the library, and print its path
@@ -87,6 +90,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Boot(options) => return Ok(boot::boot(&ctx, &options)),
         Command::Test(options) => return test::run(&ctx, &options),
+        Command::Fuzz(options) => return fuzz::run(&ctx, &options),
         Command::Bench(options) => return bench::run(&ctx, &options),
         Command::Qemu => one(&ctx, "QEMU with the library", &[Purpose::Qemu], |step| {
             qemu::build(&ctx, step).map(|qemu| qemu.program)

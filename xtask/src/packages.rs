@@ -36,6 +36,7 @@ use Sign::{File, Library, Tool};
 
 const PACKAGES: &[(&str, &[Purpose], Sign)] = &[
     ("gcc", &[Qemu, Kernel, Test], Tool("gcc")),
+    ("g++", &[Test], Tool("g++")),
     (
         "libc6-dev",
         &[Qemu, Kernel, Test],
