@@ -2,12 +2,14 @@
 //! `cargo xtask test`: every test there is, as named steps.
 
 mod avocado;
+mod crates;
 mod licences;
 mod msrv;
 mod patches;
 mod report;
 mod steps;
 mod style;
+mod tools;
 mod uapi;
 
 use std::process::ExitCode;
@@ -99,6 +101,11 @@ const STEPS: &[TestStep] = &[
     )
     .named(),
     step(
+        "crates",
+        "crates of others: licences, sources, flaws",
+        crates::crates,
+    ),
+    step(
         "header",
         "the C header is what the library's source says, and its number",
         steps::header,
@@ -108,6 +115,26 @@ const STEPS: &[TestStep] = &[
         "msrv",
         "the library with the oldest Rust that it promises",
         msrv_step,
+    ),
+    step(
+        "loom",
+        "pins against conversions in every order",
+        tools::loom,
+    ),
+    step(
+        "sanitizers",
+        "tests in C with AddressSanitizer and ThreadSanitizer",
+        tools::sanitizers,
+    ),
+    step(
+        "miri",
+        "what is pure, and the C interface, in Miri",
+        tools::miri,
+    ),
+    step(
+        "fuzz",
+        "what guests, C programs and snapshots may hand in, made up",
+        tools::fuzz,
     ),
     step(
         "qemu",
@@ -207,7 +234,7 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
     if options.list {
         for step in STEPS {
             let long = if step.long { " (with --full)" } else { "" };
-            println!("{:8} {}{long}", step.name, step.what);
+            println!("{:10} {}{long}", step.name, step.what);
         }
         return Ok(ExitCode::SUCCESS);
     }

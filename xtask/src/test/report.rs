@@ -46,6 +46,12 @@ impl Tally {
         }
     }
 
+    /// This and another one.
+    pub(crate) fn and(mut self, other: Self) -> Self {
+        self.add(other);
+        self
+    }
+
     /// Adds another tally; details of both stay.
     pub(crate) fn add(&mut self, other: Self) {
         self.passed += other.passed;

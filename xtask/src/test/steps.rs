@@ -4,6 +4,7 @@
 use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
@@ -25,7 +26,7 @@ use super::report::{CargoTest, MesonTest, Tally, Tap};
 const RUNNER_LIMIT: Duration = Duration::from_secs(45 * 60);
 
 /// How long other tests may take.
-const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
+pub(super) const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// What the steps share: what one has built serves the next.
 pub(crate) struct Bench<'a> {
@@ -168,12 +169,22 @@ pub(crate) fn unit(bench: &Bench, step: &Step) -> Result<Tally> {
     Ok(tally)
 }
 
-fn cargo_test(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally> {
+pub(super) fn cargo_test(bench: &Bench, step: &Step, name: &str, args: &[&str]) -> Result<Tally> {
     let mut command = cargo(bench.ctx);
     command.arg("test").args(args).arg("--").args(&bench.filter);
+    count_tests(bench.ctx, step, name, command)
+}
+
+/// Runs tests of Rust's.
+pub(super) fn count_tests(
+    ctx: &Context,
+    step: &Step,
+    name: &str,
+    command: Command,
+) -> Result<Tally> {
     let mut counts = CargoTest::default();
     let outcome = Job::new("cargo test", command)
-        .log(&bench.ctx.log(name))
+        .log(&ctx.log(name))
         .limit(TEST_LIMIT)
         .follow(|line| counts.line(line))
         .outcome()?;
