@@ -65,7 +65,7 @@ fn number(bytes: &mut Unstructured) -> Result<u64> {
 
 /// Asks for a range, and goes on until its end.
 fn ask(backend: &Backend, states: &States, offset: u64, size: u64, room: u64) {
-    let aligned = offset % PAGE_SIZE == 0 && size % PAGE_SIZE == 0 && size > 0;
+    let aligned = offset.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE) && size > 0;
     let end = offset
         .checked_add(size)
         .filter(|end| *end <= PAGES * PAGE_SIZE && aligned);
