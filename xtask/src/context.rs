@@ -25,7 +25,14 @@ pub(crate) struct Options {
     cache: Option<PathBuf>,
 
     /// Whether level 1's kernel converts memory in place, as Linux 7.4 does, or in two files
-    #[arg(long, global = true, value_name = "on|off", default_value = "off", value_parser = on_or_off)]
+    #[arg(
+        long,
+        global = true,
+        action = clap::ArgAction::Set,
+        value_name = "on|off",
+        default_value = "off",
+        value_parser = on_or_off
+    )]
     in_place: bool,
 }
 

@@ -14,6 +14,7 @@ const KVM_CAP_MEMORY_ATTRIBUTES: u64 = 233;
 const KVM_CAP_GUEST_MEMFD: u64 = 234;
 const KVM_CAP_VM_TYPES: u64 = 235;
 const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
+const KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: u64 = 252;
 
 /// GUEST_MEMFD_FLAG_MMAP and GUEST_MEMFD_FLAG_INIT_SHARED.
 const GUEST_MEMFD_MAPPED: u32 = 3;
@@ -188,7 +189,8 @@ impl Vm {
         Self {
             guest_memfd: ask(KVM_CAP_GUEST_MEMFD) > 0,
             guest_memfd_flags: ask(KVM_CAP_GUEST_MEMFD_FLAGS),
-            attributes: ask(KVM_CAP_MEMORY_ATTRIBUTES),
+            // Of the VM, or of its guest_memfd where memory is converted in place.
+            attributes: ask(KVM_CAP_MEMORY_ATTRIBUTES) | ask(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES),
             exit_hypercall: ask(KVM_CAP_EXIT_HYPERCALL),
         }
     }
