@@ -19,15 +19,16 @@ pub struct guestmemfd_error {
 
 /// The error as C gets it.
 pub(super) fn filled(code: i32, why: &impl Display) -> guestmemfd_error {
-    let message = why.to_string();
+    // One line: what a user may have put into a name does not end it, or move the cursor.
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    let message: String = why.to_string().chars().map(plain).collect();
     let mut end = message.len().min(GUESTMEMFD_ERROR_SIZE - 1);
     while !message.is_char_boundary(end) {
         end -= 1;
     }
     let mut text = [0; GUESTMEMFD_ERROR_SIZE];
     for (to, from) in text.iter_mut().zip(message[..end].bytes()) {
-        // One line, up to its first NUL.
-        *to = if from < b' ' { b' ' } else { from } as c_char;
+        *to = from as c_char;
     }
     guestmemfd_error {
         code,

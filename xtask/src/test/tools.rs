@@ -137,7 +137,8 @@ impl Sanitizer {
         );
         let mut build = cargo(ctx);
         build
-            .args(["build", "--locked", "--package", "guestmemfd", "--lib"])
+            .args(["rustc", "--locked", "--package", "guestmemfd", "--lib"])
+            .args(["--crate-type", "staticlib"])
             .args(["--target", TARGET, "--target-dir"])
             .arg(folder)
             .env("RUSTFLAGS", flags)
