@@ -77,6 +77,13 @@ impl Group {
     }
 }
 
+impl Limit<'_> {
+    /// So many bytes instead.
+    pub(crate) fn raise(&self, bytes: u64) -> Result<()> {
+        self.0.write_limit(&bytes.to_string())
+    }
+}
+
 impl Drop for Group {
     fn drop(&mut self) {
         // Stays behind empty if a process still dies in it, which harms nobody.

@@ -3,12 +3,15 @@
 //! again, goes on, and both sides agree on what is private.
 
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
-use crate::cgroup::Group;
+use crate::cgroup::{Group, Limit};
 use crate::failslab::Failures;
 use crate::guest;
 use crate::probe::Need;
@@ -25,8 +28,10 @@ const SWEPT: Size = Size(2 << 30);
 /// What a request of the guest converts.
 const REQUEST: u64 = 2 << 20;
 
-/// What QEMU may still get after its cgroup is limited.
+/// What QEMU may still get after its cgroup is limited, and every so often again: a system call
+/// that finds no memory fails, but a page fault waits for some.
 const ROOM: u64 = 64 << 10;
+const ROOM_EVERY: Duration = Duration::from_millis(200);
 
 /// Allocations that fail, in percent. Each is tried twice, and a request needs some ten.
 const REFUSED: u32 = 20;
@@ -52,10 +57,27 @@ fn full_cgroup(context: &Context) -> Result<()> {
     // What finds no memory must fail, and nobody be killed for it.
     let path = format!("/proc/{}/oom_score_adj", qemu.pid());
     setting::write(Path::new(&path), "-1000")?;
-    sweep(&mut qemu, || group.limit(group.current()? + ROOM))?;
+    thread::scope(|scope| {
+        let (limited, lifted) = mpsc::channel();
+        sweep(&mut qemu, || {
+            let limit = group.limit(group.current()? + ROOM)?;
+            let group = &group;
+            scope.spawn(move || raise_slowly(group, &limit, &lifted));
+            Ok(limited)
+        })
+    })?;
     let met = group.value("memory.events", "max")?;
     println!("# limit met {met} times");
     Ok(())
+}
+
+/// Gives the group a little room again and again until the other side of `lifted` is gone.
+fn raise_slowly(group: &Group, limit: &Limit<'_>, lifted: &Receiver<()>) {
+    while lifted.recv_timeout(ROOM_EVERY) == Err(RecvTimeoutError::Timeout) {
+        if let Err(why) = group.current().and_then(|now| limit.raise(now + ROOM)) {
+            eprintln!("the cgroup gets no more room: {why:#}");
+        }
+    }
 }
 
 /// The kernel itself refuses to set attributes.
