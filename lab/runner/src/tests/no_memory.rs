@@ -47,8 +47,8 @@ pub(super) fn tests() -> Vec<Test> {
     ]
 }
 
-/// Linux 7.2 charges the entries in which it keeps attributes to no cgroup, so all requests may be
-/// granted here; what is said holds for kernels that refuse, too.
+/// Linux 7.3 charges the entries in which it keeps attributes to the cgroup and denies requests when
+/// it is full. Before, nobody was charged, and all were granted.
 fn full_cgroup(context: &Context) -> Result<()> {
     let group = Group::new("conversions")?;
     let inside = group.enter()?;
