@@ -127,7 +127,7 @@ pub unsafe extern "C" fn guestmemfd_backend_free(backend: *mut guestmemfd_backen
     catch_value((), || {
         // SAFETY: guestmemfd_backend_new() made it; the caller gives it back.
         let backend = unsafe { Box::from_raw(backend) };
-        drop(backend.guard.lock().take());
+        *backend.guard.lock() = None;
         backend.opaques.remove(backend.backend.id());
         if let Err(error) = backend.vm.remove_backend(&backend.backend) {
             backend.vm.log_error(&error);
