@@ -3,7 +3,8 @@
 //! How long a request holds others up, and how much memory it takes, if no two neighbouring pages
 //! are alike: 64 GiB with an owner and files that take no time, 4 GiB with real files. And what a
 //! read or write of a page takes beside the system call in it. Prints rows for `cargo xtask bench
-//! bounds`. With `request`, `wait`, `rebind` or `access` as an argument it measures that alone.
+//! bounds`. With `request`, `wait`, `rebind`, `step` or `access` as an argument it measures that
+//! alone.
 
 mod common;
 #[path = "../tests/bounds/null.rs"]
@@ -57,6 +58,9 @@ fn main() {
         if wants("rebind") {
             machine.rebind();
         }
+    }
+    if wants("step") {
+        step_with_data();
     }
     if wants("access") {
         accesses();
@@ -285,8 +289,8 @@ impl Machine {
         self.row_of_waits("another-page", convert_another);
     }
 
-    /// Waits while one request for all of it is carried out. One in a hundred is longer than the row
-    /// says: those in which somebody else gets the processor.
+    /// Waits while one request for all of it is carried out. One in a hundred is longer than the
+    /// row says: those in which somebody else gets the processor.
     fn row_of_waits(&self, what: &str, wait: impl Fn() -> Option<Duration> + Sync) {
         self.prepare(View::Private);
         let ended = AtomicBool::new(false);
@@ -330,6 +334,27 @@ impl Machine {
         }
         self.row("rebind", "none", "nanoseconds", nanoseconds(least));
     }
+}
+
+/// The most that a step may be, with data to be freed in all of it: the kernel's time.
+fn step_with_data() {
+    let (vm, _backend) = common::backend(GIB).expect("a backend");
+    let all = guest(1, GIB);
+    let data = vec![7; 1 << 20];
+    for gpa in (all.start_bytes()..)
+        .step_by(data.len())
+        .take((1 << 10) - 1)
+    {
+        vm.write(gpa, &data).expect("shared memory");
+    }
+    let before = processor_time();
+    vm.convert(all, View::Private).expect("a conversion");
+    row(
+        "bounds-1g-data",
+        "private",
+        "nanoseconds",
+        nanoseconds(processor_time() - before),
+    );
 }
 
 /// What a read or a write of a page takes more than the system call in it: far from private pages,
