@@ -50,6 +50,8 @@ pub(crate) enum Kind {
     Disk = 2,
     /// virtio-balloon.
     Balloon = 5,
+    /// virtio-sound.
+    Sound = 25,
 }
 
 impl Kind {
@@ -59,6 +61,8 @@ impl Kind {
         let transitional = match self {
             Self::Disk => 0x1001,
             Self::Balloon => 0x1002,
+            // It has no legacy interface.
+            Self::Sound => 0x1059,
         };
         let modern = 0x1040 + self as u32;
         id & 0xffff == 0x1af4 && (id >> 16 == transitional || id >> 16 == modern)
@@ -148,6 +152,23 @@ impl Queue {
     ///
     /// The device reads the buffers, and writes to the writable ones.
     pub(crate) unsafe fn request(&mut self, buffers: &[Buffer]) -> Result<(), &'static str> {
+        // SAFETY: the caller's promise.
+        unsafe { self.give(buffers) };
+        while self.get16(used_at(self.size) + 2) != self.done {
+            if self.common.get::<u8>(STATUS) & NEEDS_RESET != 0 {
+                return Err("the virtio device has given up and wants to be reset");
+            }
+        }
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Hands one request to the device.
+    ///
+    /// # Safety
+    ///
+    /// The device reads the buffers, and writes to the writable ones, until it is reset.
+    pub(crate) unsafe fn give(&mut self, buffers: &[Buffer]) {
         assert!(buffers.len() <= self.size);
         for (index, buffer) in buffers.iter().enumerate() {
             let last = index + 1 == buffers.len();
@@ -169,13 +190,6 @@ impl Queue {
         fence(Ordering::SeqCst);
         // The caller answers for the buffers, and the rings are the device's.
         self.notify.put(0, self.number);
-        while self.get16(used_at(self.size) + 2) != self.done {
-            if self.common.get::<u8>(STATUS) & NEEDS_RESET != 0 {
-                return Err("the virtio device has given up and wants to be reset");
-            }
-        }
-        fence(Ordering::SeqCst);
-        Ok(())
     }
 
     fn put<T>(&self, at: usize, value: T) {

@@ -73,6 +73,8 @@ pub(super) fn run(run: &mut Run<'_>) {
         for gpa in [MMIO, FOUR_GIB << 8, 1 << 45, 1 << 51, 1 << 63] {
             tester.refused(gpa, 1, ENCRYPTED)?;
         }
+        // From the first page of RAM on, as much as there are addresses.
+        tester.refused(0, ALL_PAGES - 1, ENCRYPTED)?;
         intact(tester, WITNESSES)
     });
     run.test("good requests still work", |tester| good(tester, WITNESSES));

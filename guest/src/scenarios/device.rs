@@ -8,12 +8,12 @@ use crate::failure::Failure;
 use crate::hypercall;
 use crate::tester::{Check, Tester};
 use crate::virtio::{Buffer, Kind, Queue};
-use crate::{apic, fwcfg, tap, vapic};
-use guestmemfd_guest::model::Intent::{Private, Shared};
+use crate::{apic, cpu, fwcfg, tap, vapic};
+use guestmemfd_guest::model::Intent::{self, Private, Shared};
 use guestmemfd_guest::{DISK_PART, PAGE_SIZE};
 
 /// What a request is answered with while a device uses its pages.
-const EBUSY: i64 = -16;
+const EBUSY: &str = "-16 (EBUSY)";
 /// A page that stays private, and one that stays shared.
 const PRIVATE: usize = 0;
 const SHARED: usize = 1;
@@ -60,33 +60,17 @@ pub(super) fn run(run: &mut Run<'_>) {
         let (first, pages) = (disk::FIRST_PAGE, disk::PAGES);
         tester.request(first..first + pages, Private)?;
         tester.fill(first..first + pages, Private, SECRET);
-        breaks(tester)?;
+        disk_fails(tester, disk::READ)?;
         tester.holds(first..first + pages, Private, SECRET)
     });
-    run.test("once they are shared it does", |tester| {
+    run.test("nor from them to the disk", |tester| {
+        disk_fails(tester, disk::WRITE)?;
         let (first, pages) = (disk::FIRST_PAGE, disk::PAGES);
         tester.request(first..first + pages, Shared)?;
         disk::reads(tester)
     });
-    run.test("rings of a device do not become private", |tester| {
-        let queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
-        let gpa = queue.rings();
-        let attributes = hypercall::attributes(Private);
-        let got = hypercall::map_gpa_range(gpa, 1, attributes);
-        tester.model.counts.hypercalls += 1;
-        tester.model.counts.refused += 1;
-        drop(queue);
-        if got != EBUSY {
-            return Err(Failure::Request {
-                gpa,
-                pages: 1,
-                attributes,
-                got,
-                expected: "-16 (EBUSY)",
-            });
-        }
-        disk::reads(tester)
-    });
+    run.test("rings become private at once, and the disk says so", rings);
+    run.test("a buffer in use does not become private", buffer_in_use);
     run.test("the host leaves the private page alone", |tester| {
         tester.request(SHARED..SHARED + 1, Shared)?;
         tester.host_writes(SHARED)?;
@@ -100,24 +84,98 @@ pub(super) fn run(run: &mut Run<'_>) {
     });
 }
 
-/// A disk that is to read into private memory gives up, until it is reset.
-fn breaks(tester: &mut Tester<'_>) -> Check {
+/// A request from or to private memory is answered with an error, and the disk goes on working.
+fn disk_fails(tester: &mut Tester<'_>, kind: u32) -> Check {
     let mut queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
-    let header = disk::Header::read(0);
-    let mut status = 0xff_u8;
+    let private = tester.memory.gpa(disk::FIRST_PAGE);
+    let shared = tester.memory.gpa(SHARED);
+    for (address, bytes, expected) in [
+        (private, DISK_PART, disk::IO_ERROR),
+        (shared, PAGE_SIZE, disk::GOOD),
+    ] {
+        // What is shared is read from the disk, which then holds what it held.
+        let kind = if address == shared { disk::READ } else { kind };
+        let header = disk::Header::new(kind, 0);
+        // SAFETY: the pages are test memory.
+        let status = unsafe { disk::request(&mut queue, &header, address, bytes) };
+        if status.map_err(Failure::Missing)? != expected {
+            return Err(Failure::Missing("the disk gives another answer"));
+        }
+    }
+    Ok(())
+}
+
+/// The ring of a disk that is in use becomes private within a tenth of a second. The disk gives up,
+/// and works again once it is reset.
+fn rings(tester: &mut Tester<'_>) -> Check {
+    let mut queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
+    let gpa = queue.rings();
+    let header = disk::Header::new(disk::READ, 0);
+    let shared = tester.memory.gpa(SHARED);
+    // SAFETY: the page is test memory.
+    unsafe { disk::request(&mut queue, &header, shared, PAGE_SIZE) }.map_err(Failure::Missing)?;
+
+    let start = cpu::timestamp();
+    convert(tester, gpa, Private, "0")?;
+    let milliseconds = (cpu::timestamp() - start) / per_millisecond();
+    tap::note(format_args!("device: ring-milliseconds={milliseconds}"));
+    // SAFETY: the page is test memory.
+    if unsafe { disk::request(&mut queue, &header, shared, PAGE_SIZE) }.is_ok() {
+        return Err(Failure::Missing("the disk has found a request"));
+    }
+    drop(queue);
+    convert(tester, gpa, Shared, "0")?;
+    disk::reads(tester)
+}
+
+/// How far the clock of [`cpu::timestamp`] comes in a millisecond: a CPU that waits for QEMU counts no
+/// ticks.
+fn per_millisecond() -> u64 {
+    const TICKS: u64 = 10;
+    rest(1);
+    let start = cpu::timestamp();
+    rest(TICKS);
+    (cpu::timestamp() - start) * apic::TICKS_PER_SECOND / (TICKS * 1000)
+}
+
+/// A sound card has a buffer for as long as nothing is played.
+fn buffer_in_use(tester: &mut Tester<'_>) -> Check {
+    const TRANSMIT: u16 = 2;
+    let mut queue = Queue::open(Kind::Sound, 0, TRANSMIT).map_err(Failure::Missing)?;
+    let gpa = tester.memory.gpa(SHARED);
+    let mut status = [0_u64; 1];
     let buffer = |address, length, writable| Buffer {
         address,
         length,
         writable,
     };
     let buffers = [
-        buffer(&raw const header as u64, size_of_val(&header) as u32, false),
-        buffer(tester.memory.gpa(disk::FIRST_PAGE), DISK_PART as u32, true),
-        buffer(&raw mut status as u64, 1, true),
+        buffer(gpa, PAGE_SIZE as u32, false),
+        buffer(status.as_mut_ptr() as u64, 8, true),
     ];
-    // SAFETY: the pages are test memory; header and status outlive the queue's use of them.
-    match unsafe { queue.request(&buffers) } {
-        Err(_) => Ok(()),
-        Ok(()) => Err(Failure::Missing("the device has carried out the request")),
+    // SAFETY: the page is test memory; the device lets go of the status when it is reset.
+    unsafe { queue.give(&buffers) };
+    convert(tester, gpa, Private, EBUSY)?;
+    drop(queue);
+    convert(tester, gpa, Private, "0")?;
+    convert(tester, gpa, Shared, "0")
+}
+
+/// Converts a page that is not this test's, or not only.
+fn convert(tester: &mut Tester<'_>, gpa: u64, intent: Intent, expected: &'static str) -> Check {
+    let attributes = hypercall::attributes(intent);
+    let got = hypercall::map_gpa_range(gpa, 1, attributes);
+    tester.model.counts.hypercalls += 1;
+    tester.model.counts.refused += u64::from(got != 0);
+    let wanted = if expected == EBUSY { -16 } else { 0 };
+    if got == wanted {
+        return Ok(());
     }
+    Err(Failure::Request {
+        gpa,
+        pages: 1,
+        attributes,
+        got,
+        expected,
+    })
 }

@@ -11,6 +11,9 @@ use guestmemfd_guest::{DISK_PART, PAGE_SIZE, disk_word};
 
 pub(super) const READ: u32 = 0;
 pub(super) const WRITE: u32 = 1;
+/// `VIRTIO_BLK_S_OK` and `VIRTIO_BLK_S_IOERR`.
+pub(super) const GOOD: u8 = 0;
+pub(super) const IO_ERROR: u8 = 1;
 /// Where the second part of the disk begins, in sectors.
 pub(super) const BEHIND: u64 = DISK_PART / 512;
 /// Where the test memory that the disk uses begins, and how much it is.
@@ -26,10 +29,10 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Of a request that reads from a sector on.
-    pub(super) fn read(sector: u64) -> Self {
+    /// Of a request that begins at a sector.
+    pub(super) fn new(kind: u32, sector: u64) -> Self {
         Self {
-            kind: READ,
+            kind,
             priority: 0,
             sector,
         }
@@ -59,20 +62,9 @@ pub(super) fn reads(tester: &mut Tester<'_>) -> Check {
 /// Carries out one request of `DISK_PART` bytes.
 pub(super) fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check {
     let mut queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
-    let header = Header {
-        kind,
-        priority: 0,
-        sector,
-    };
+    let address = tester.memory.gpa(FIRST_PAGE);
     // SAFETY: the pages are test memory.
-    let done = unsafe {
-        request(
-            &mut queue,
-            &header,
-            tester.memory.gpa(FIRST_PAGE),
-            DISK_PART,
-        )
-    };
+    let done = unsafe { good_request(&mut queue, &Header::new(kind, sector), address, DISK_PART) };
     done.map_err(Failure::Missing)
 }
 
@@ -83,18 +75,36 @@ pub(super) fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check
 /// The device writes there.
 pub(super) unsafe fn read(queue: &mut Queue, address: u64, bytes: u64) -> Result<(), &'static str> {
     // SAFETY: the caller's promise.
-    unsafe { request(queue, &Header::read(0), address, bytes) }
+    unsafe { good_request(queue, &Header::new(READ, 0), address, bytes) }
 }
 
 /// # Safety
 ///
 /// The device reads or writes the bytes, as the header says.
-unsafe fn request(
+unsafe fn good_request(
     queue: &mut Queue,
     header: &Header,
     address: u64,
     bytes: u64,
 ) -> Result<(), &'static str> {
+    // SAFETY: the caller's promise.
+    match unsafe { request(queue, header, address, bytes) }? {
+        GOOD => Ok(()),
+        _ => Err("the disk answered with an error"),
+    }
+}
+
+/// Carries out a request, and returns its status.
+///
+/// # Safety
+///
+/// The device reads or writes the bytes, as the header says.
+pub(super) unsafe fn request(
+    queue: &mut Queue,
+    header: &Header,
+    address: u64,
+    bytes: u64,
+) -> Result<u8, &'static str> {
     let mut status = 0xff_u8;
     let buffer = |address, length, writable| Buffer {
         address,
@@ -103,17 +113,13 @@ unsafe fn request(
     };
     let at = &raw mut status;
     // SAFETY: the caller answers for the bytes; header and status live until the device is done.
-    let status = unsafe {
+    unsafe {
         queue.request(&[
             buffer(&raw const *header as u64, size_of::<Header>() as u32, false),
             buffer(address, bytes as u32, header.kind == READ),
             buffer(at as u64, 1, true),
         ])?;
-        at.read_volatile()
-    };
-    match status {
-        0 => Ok(()),
-        _ => Err("the disk answered with an error"),
+        Ok(at.read_volatile())
     }
 }
 

@@ -42,7 +42,12 @@ pub(super) fn tests() -> Vec<Test> {
     }
     let private = &[Need::PrivateMemory];
     tests.push(Test::new("guest/keep-hypercall-1", private, keep));
-    tests.push(Test::new("guest/upstream-hypercall-1", private, upstream));
+    for scenario in [Scenario::Hypercall, Scenario::Bad] {
+        let name = format!("guest/upstream-{}-1", scenario.name());
+        tests.push(Test::new(name, private, move |context| {
+            upstream(context, scenario)
+        }));
+    }
     tests
 }
 
@@ -247,8 +252,8 @@ fn caused(scenario: Scenario, backend: &Backend) -> Result<()> {
 }
 
 /// The same guest on QEMU's own path, whose memory is an ordinary backend.
-fn upstream(context: &Context) -> Result<()> {
-    let vm = guest_vm(context, Scenario::Hypercall, 1)
+fn upstream(context: &Context, scenario: Scenario) -> Result<()> {
+    let vm = guest_vm(context, scenario, 1)
         .with_backend(&format!("memory-backend-memfd,id=ram0,size={}", SIZE.0));
     let mut qemu = context.start(&vm)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;

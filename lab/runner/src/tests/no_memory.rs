@@ -15,7 +15,7 @@ use crate::cgroup::{Group, Limit};
 use crate::failslab::Failures;
 use crate::guest;
 use crate::probe::Need;
-use crate::qemu::Qemu;
+use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query;
 use crate::setting;
 use crate::strict::Strict;
@@ -44,6 +44,7 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("no-memory/full-cgroup", private, full_cgroup),
         Test::new("no-memory/requests", failing, requests),
         Test::new("no-memory/faults", strict, faults),
+        Test::new("no-memory/stuck", strict, stuck),
     ]
 }
 
@@ -138,6 +139,32 @@ fn sweep<R>(qemu: &mut Qemu, refuse: impl FnOnce() -> Result<R>) -> Result<u64> 
     );
     guest::finish(qemu)?;
     Ok(denied)
+}
+
+/// A touch that cannot be served at all pauses the guest, which goes on once it can.
+fn stuck(context: &Context) -> Result<()> {
+    let _strict = Strict::on()?;
+    let vm = Vm::conformance(&context.files, Scenario::Race, true, SIZE, 2);
+    let vm = guests::with_properties(vm, "fault-timeout=2000");
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    guest::wait_line(&qemu, "TAP version", GUEST_LIMIT)?;
+    let failures = Failures::on(100)?;
+    let stuck = ["GUESTMEMFD_FAULT_STUCK"];
+    let event = qemu.qmp.wait_event(&stuck, GUEST_LIMIT)?.data;
+    ensure!(
+        event["id"] == "ram0" && event["to"] == "private" && event["cpu-index"].is_u64(),
+        "the event is {event}"
+    );
+    qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
+    let status = guest::status(&mut qemu)?;
+    ensure!(status == "io-error", "the guest is {status}");
+    drop(failures);
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    guests::settled(&backend)?;
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
 }
 
 /// Touches that convert memory come again until they are served.
