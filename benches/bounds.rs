@@ -29,6 +29,9 @@ use rows::row;
 
 const GIB: u64 = (1 << 30) / PAGE_SIZE;
 
+/// The most pages of a step: 64 MiB.
+const STEP: u64 = (64 << 20) / PAGE_SIZE;
+
 /// What others do with the machine's caches adds to times: of several rounds the least counts.
 const ROUNDS: usize = 3;
 
@@ -338,19 +341,19 @@ impl Machine {
 
 /// The most that a step may be, with data to be freed in all of it: the kernel's time.
 fn step_with_data() {
-    let (vm, _backend) = common::backend(GIB).expect("a backend");
-    let all = guest(1, GIB);
+    let (vm, _backend) = common::backend(STEP).expect("a backend");
+    let all = guest(1, STEP);
     let data = vec![7; 1 << 20];
     for gpa in (all.start_bytes()..)
         .step_by(data.len())
-        .take((1 << 10) - 1)
+        .take(STEP as usize * 4096 / data.len() - 1)
     {
         vm.write(gpa, &data).expect("shared memory");
     }
     let before = processor_time();
     vm.convert(all, View::Private).expect("a conversion");
     row(
-        "bounds-1g-data",
+        "bounds-step-data",
         "private",
         "nanoseconds",
         nanoseconds(processor_time() - before),

@@ -526,7 +526,7 @@ int32_t guestmemfd_backend_shared_fd(const struct guestmemfd_backend *backend);
 
 /**
  * Frees both views of some pages; they become undecided. Those of GUESTMEMFD_MODE_MAPPED are freed
- * and stay shared. In steps of at most 1 GiB; on an error those before have been done.
+ * and stay shared. In steps of at most 64 MiB; on an error those before have been done.
  */
 int32_t guestmemfd_backend_free_pages(struct guestmemfd_backend *backend,
                                       uint64_t offset,
@@ -709,7 +709,8 @@ int32_t guestmemfd_vm_memory_fault(struct guestmemfd_vm *vm,
  * what it returns is the answer to the guest.
  *
  * All of the request is checked before anything moves. It is then carried out in steps of at most
- * 1 GiB; after an error those before it have taken effect, and asked again they cost nothing.
+ * 64 MiB (1 GiB in place); after an error those before it have taken effect, and asked again they
+ * cost nothing.
  * -EINTR only if the interrupted callback asked for it: then call again, as the guest will not.
  * -EAGAIN only if the gap callback answered that.
  */

@@ -161,7 +161,7 @@ fn fd_of(backend: &guestmemfd_backend, view: View) -> i32 {
 }
 
 /// Frees both views of some pages; they become undecided. Those of GUESTMEMFD_MODE_MAPPED are freed
-/// and stay shared. In steps of at most 1 GiB; on an error those before have been done.
+/// and stay shared. In steps of at most 64 MiB; on an error those before have been done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_backend_free_pages(
     backend: *mut guestmemfd_backend,

@@ -239,7 +239,8 @@ pub unsafe extern "C" fn guestmemfd_vm_memory_fault(
 /// what it returns is the answer to the guest.
 ///
 /// All of the request is checked before anything moves. It is then carried out in steps of at most
-/// 1 GiB; after an error those before it have taken effect, and asked again they cost nothing.
+/// 64 MiB (1 GiB in place); after an error those before it have taken effect, and asked again they
+/// cost nothing.
 /// -EINTR only if the interrupted callback asked for it: then call again, as the guest will not.
 /// -EAGAIN only if the gap callback answered that.
 #[unsafe(no_mangle)]

@@ -25,7 +25,7 @@ use crate::views::Mode;
 use crate::vm::moves::{Moves, Run};
 use crate::vm::told::{Later, Told};
 use crate::vm::wait::Wait;
-use crate::vm::{STEP_PAGES, Vm};
+use crate::vm::{STEP_PAGES, STEP_PAGES_IN_PLACE, Vm};
 use crate::windows::{Part, Window};
 
 /// How long a pin lasts that is worth a wait with pages in transition. Others wait for them
@@ -339,7 +339,11 @@ pub(super) fn drain_pins<'a>(moves: &Moves<'a>) -> Option<Run<'a>> {
 /// Cuts the windows of a request behind the first pages, as many as a step may have. Returns them
 /// with what is left of the request.
 fn cut(windows: SmallList<Shown>, request: GuestPages) -> (SmallList<Shown>, Option<GuestPages>) {
-    let mut room = STEP_PAGES;
+    let in_place = |(backend, _): &Shown| backend.mode() == Mode::InPlace;
+    let mut room = match windows.iter().all(in_place) {
+        true => STEP_PAGES_IN_PLACE,
+        false => STEP_PAGES,
+    };
     if request.count() <= room {
         return (windows, None);
     }

@@ -32,9 +32,13 @@ use crate::pages::states::View;
 use crate::views::{Mode, ViewFile};
 use crate::windows::{Layout, Part, WindowTable};
 
-/// At most so many pages (1 GiB) are claimed at once: whoever waits for a step of a request does
-/// not wait for all of it.
-const STEP_PAGES: u64 = 1 << 18;
+/// At most so many pages (64 MiB) are claimed at once: whoever waits for a step of a request does
+/// not wait for all of it. Much longer than it takes to begin a step, the kernel frees the data of
+/// so many.
+const STEP_PAGES: u64 = 1 << 14;
+
+/// The same (1 GiB) where nothing is freed.
+const STEP_PAGES_IN_PLACE: u64 = 1 << 18;
 
 /// A VM with backends. All functions may be called from any thread.
 ///
