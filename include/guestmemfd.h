@@ -641,7 +641,7 @@ void guestmemfd_vm_free(struct guestmemfd_vm *vm);
  * The VM got a new descriptor, as in a confidential reset. All windows must have been removed.
  * Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and
  * all its pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared
- * is gone too, and guestmemfd_backend_shared_fd() is to be mapped again.
+ * is copied to it, and guestmemfd_backend_shared_fd() is to be mapped again.
  */
 int32_t guestmemfd_vm_rebind(struct guestmemfd_vm *vm,
                              int32_t kvm_fd,

@@ -403,6 +403,23 @@ impl Backend {
         })
     }
 
+    /// Copies what the shared view has in some pages to another one.
+    pub(crate) fn copy_shared(&self, pages: FilePages, to: &Views) -> Result<()> {
+        /// 1 MiB.
+        const AT_ONCE: u64 = 256;
+        let mut bytes = Vec::new();
+        for data in self.data_within(pages, View::Shared)? {
+            for piece in data.pieces(AT_ONCE) {
+                let offset = piece.start_bytes();
+                bytes.resize(piece.bytes() as usize, 0);
+                self.read_shared(offset, &mut bytes)?;
+                let written = to.file(View::Shared).write_at(offset, &bytes);
+                written.map_err(|why| self.transfer_error("write", offset, bytes.len(), why))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads bytes of the shared view.
     pub(crate) fn read_shared(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
         let read = self.views().file(View::Shared).read_at(offset, bytes);

@@ -97,7 +97,7 @@ pub unsafe extern "C" fn guestmemfd_vm_free(vm: *mut guestmemfd_vm) {
 /// The VM got a new descriptor, as in a confidential reset. All windows must have been removed.
 /// Every backend gets a new guest_memfd, which guestmemfd_backend_private_fd() then returns, and
 /// all its pages start over. With GUESTMEMFD_MODE_IN_PLACE that is the only file: what was shared
-/// is gone too, and guestmemfd_backend_shared_fd() is to be mapped again.
+/// is copied to it, and guestmemfd_backend_shared_fd() is to be mapped again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn guestmemfd_vm_rebind(
     vm: *mut guestmemfd_vm,

@@ -25,6 +25,10 @@ pub struct Mapped {
 
 const PAGE: usize = PAGE_SIZE as usize;
 
+/// How many pages are looked at to find data, first and at most.
+const FIRST_LOOK: u64 = 64;
+const LONGEST_LOOK: u64 = 1 << 18;
+
 /// A guest_memfd whose bytes are reached through mappings.
 #[derive(Debug)]
 pub(crate) struct MappedFile(KernelFile);
@@ -64,8 +68,25 @@ impl ViewFile for MappedFile {
         self.0.punch_hole(pages)
     }
 
+    /// A guest_memfd does not tell where it has data: mappings do. They begin small and become
+    /// larger, so that it takes little to find what lies near.
     fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
-        self.0.first_data(pages)
+        let (mut rest, mut count) = (Some(pages), FIRST_LOOK);
+        while let Some(pages) = rest {
+            let here = pages.first(count);
+            let allocated = allocated_pages(&self.map(here)?)?;
+            let mut each = (here.start()..).zip(allocated);
+            if let Some((start, _)) = each.find(|(_, allocated)| *allocated) {
+                let hole = each.find(|(_, allocated)| !allocated);
+                return Ok(FilePages::new(
+                    start,
+                    hole.map_or(here.end(), |hole| hole.0),
+                ));
+            }
+            rest = FilePages::new(here.end(), pages.end());
+            count = (2 * count).min(LONGEST_LOOK);
+        }
+        Ok(None)
     }
 
     /// A touch of a hole, even for reading, would allocate it.
@@ -126,5 +147,17 @@ mod tests {
         file.read_at(0, &mut []).unwrap();
         file.write_at(0, &[]).unwrap();
         assert_eq!(file.first_data(pages(0, 2)).unwrap(), None);
+    }
+
+    #[test]
+    fn data_far_behind_a_hole_are_found() {
+        let count = 10 * FIRST_LOOK;
+        let pages = |start, end| FilePages::new(start, end).unwrap();
+        let file = MappedFile::new(KernelFile::memfd("test", count * PAGE_SIZE).unwrap());
+        let far = 9 * FIRST_LOOK;
+        file.write_at(far * PAGE_SIZE, &[7; 3 * PAGE]).unwrap();
+        let found = file.first_data(pages(1, count)).unwrap();
+        assert_eq!(found, Some(pages(far, far + 3)));
+        assert_eq!(file.first_data(pages(far + 3, count)).unwrap(), None);
     }
 }

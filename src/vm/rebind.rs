@@ -11,22 +11,23 @@ use crate::listener::{Notifier, Panics};
 use crate::owner::Owner;
 use crate::pages::ranges::FilePages;
 use crate::pages::states::{PageState, View};
-use crate::views::Mode;
+use crate::views::{Mode, Views};
 use crate::vm::Vm;
 
 impl Vm {
     /// The guest runs under a new owner now. All windows have been removed. Every backend gets a
     /// new guest_memfd, and its pages start over. What was private is gone. What was shared
-    /// survives, as RAM does in any reset, unless pages start private; in place it is gone too,
-    /// with the only file that there was, and the host has to map the new one. Mapped backends keep
+    /// survives, as RAM does in any reset, unless pages start private; in place it is copied, from
+    /// the only file that there was, and the host has to map the new one. Mapped backends keep
     /// their file, which slots of another VM cannot carry: bound ones are refused.
     ///
-    /// Takes no longer if states are scattered, unless somebody listens or pages keep their data
-    /// when they become private ([`Discard::Keep`]).
+    /// Takes no longer if states are scattered, unless somebody listens, data are copied, or pages
+    /// keep them when they become private ([`Discard::Keep`]).
     ///
     /// # Errors
-    /// [`Error::InUse`], [`Error::CreateFile`], or [`Error::Punch`] if a shared file cannot be
-    /// emptied: no backend has started over then, and no listener has been told of anything.
+    /// [`Error::InUse`], [`Error::CreateFile`], [`Error::Punch`] if a shared file cannot be
+    /// emptied, or [`Error::FindData`] and [`Error::Transfer`] if it cannot be copied: no backend
+    /// has started over then, and no listener has been told of anything.
     /// [`Error::Listener`] is the first refusal to map pages; all have started over.
     pub fn rebind(&self, owner: Arc<dyn Owner>) -> Result<()> {
         let backends = self.all_backends();
@@ -49,8 +50,11 @@ impl Vm {
             .zip(views)
             .filter_map(|(backend, views)| Some((backend, views?)))
             .collect();
-        for (backend, _) in &start_over {
-            empty_shared_view(backend)?;
+        for (backend, views) in &start_over {
+            match backend.mode() {
+                Mode::InPlace => copy_shared_view(backend, views)?,
+                _ => empty_shared_view(backend)?,
+            }
         }
         // Their attributes went with the old owner.
         self.places.write().windows.forget_stale();
@@ -75,7 +79,7 @@ impl Vm {
     }
 }
 
-/// Which of the pages that the host may use now are gone with their file.
+/// Which of the pages that the host may use now are somewhere else afterwards.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lost {
     /// None: they start over as they are.
@@ -93,12 +97,19 @@ fn lost_pages(backend: &Backend) -> Lost {
     }
 }
 
-/// Frees what the shared view holds of pages that start over. The caller has claimed them.
-fn empty_shared_view(backend: &Backend) -> Result<()> {
-    if backend.mode() == Mode::InPlace {
-        // All of it goes with its file.
+/// Copies what is shared to the new file. The caller has claimed all pages.
+fn copy_shared_view(backend: &Backend, to: &Views) -> Result<()> {
+    if !backend.config().start.host_may_use() {
         return Ok(());
     }
+    for_each_run(backend, |pages, state| match state.host_may_use() {
+        true => backend.copy_shared(pages, to),
+        false => Ok(()),
+    })
+}
+
+/// Frees what the shared view holds of pages that start over. The caller has claimed them.
+fn empty_shared_view(backend: &Backend) -> Result<()> {
     if !backend.config().start.host_may_use() {
         return backend.punch(backend.pages(), View::Shared);
     }

@@ -212,18 +212,46 @@ fn what_is_private_is_freed_and_what_is_shared_keeps_its_data() {
 }
 
 #[test]
-fn under_a_new_owner_there_is_a_new_file() {
+fn under_a_new_owner_there_is_a_new_file_with_what_was_shared() {
     let machine = Machine::in_place();
+    let data = fill(&machine);
     machine.vm.convert(guest(2, 6), View::Private).unwrap();
-    fill(&machine);
     for (start, end) in [(LOW, LOW + 16), (HIGH, HIGH + 8), (ALIAS, ALIAS + 8)] {
         machine.vm.remove_window(guest(start, end)).unwrap();
     }
     let owner = Arc::new(SoftwareOwner::in_place());
     let owner = FaultyOwner(owner, machine.fault.clone());
     machine.vm.rebind(Arc::new(owner)).unwrap();
-    assert_eq!(bytes(&machine), [0; PAGES as usize]);
+    for page in 0..PAGES {
+        let gone = (2..6).contains(&page);
+        let byte = if gone { 0 } else { data[page as usize] };
+        assert_eq!(machine.read(View::Shared, page), byte, "page {page}");
+    }
     check(&machine);
+}
+
+/// Which call fails does not matter: nothing has started over.
+#[test]
+fn what_cannot_be_copied_to_a_new_file_stays_where_it_is() {
+    for nth in 1.. {
+        let machine = Machine::in_place();
+        let data = fill(&machine);
+        for (start, end) in [(LOW, LOW + 16), (HIGH, HIGH + 8), (ALIAS, ALIAS + 8)] {
+            machine.vm.remove_window(guest(start, end)).unwrap();
+        }
+        let owner = Arc::new(SoftwareOwner::in_place());
+        let owner = FaultyOwner(owner, machine.fault.clone());
+        machine.fault.arm(nth);
+        let result = machine.vm.rebind(Arc::new(owner));
+        let hit = machine.fault.left() == 0;
+        machine.fault.arm(0);
+        assert_eq!(bytes(&machine), data, "call {nth}: {result:?}");
+        if !hit {
+            assert!(nth > 2, "no call has failed");
+            return result.unwrap();
+        }
+        result.unwrap_err();
+    }
 }
 
 #[test]
