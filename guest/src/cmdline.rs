@@ -140,12 +140,22 @@ pub struct Options {
     pub count: Option<u64>,
     /// Seconds after which the guest gives up.
     pub timeout: u64,
-    /// Whether the hypervisor frees the view that a page has left. If not, a page may read as it
-    /// did when it was last in the view that it enters.
-    pub discards: bool,
+    /// What a page holds after a conversion.
+    pub contents: Contents,
     /// Where a DIMM is that the firmware knows nothing of, and its size; in place of memory above
     /// 4 GiB.
     pub dimm: Option<(u64, u64)>,
+}
+
+/// What a page holds after a conversion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contents {
+    /// Zeros: the hypervisor frees the view that a page leaves.
+    Empty,
+    /// What it held before: both views are of the same memory.
+    Kept,
+    /// Anything: there are two views, and nothing is freed.
+    Unknown,
 }
 
 /// Why a command line cannot be used.
@@ -181,7 +191,7 @@ impl fmt::Display for Error<'_> {
                 return write!(
                     f,
                     "'{word}' is unknown: use scenario=, smp=, shared-bit=, strict-from=, seed=, \
-                     count=, timeout=, discard=, dimm= or bench="
+                     count=, timeout=, contents=, dimm= or bench="
                 );
             }
             Self::Value { word, wanted } => {
@@ -225,7 +235,7 @@ impl Options {
             seed: 1,
             count: None,
             timeout: 120,
-            discards: true,
+            contents: Contents::Empty,
             dimm: None,
         };
         let mut all = false;
@@ -252,7 +262,7 @@ impl Options {
                 "timeout" => {
                     options.timeout = number(word, value, 1..=86_400, "seconds, up to 86400")?
                 }
-                "discard" => options.discards = discards(word, value)?,
+                "contents" => options.contents = contents(word, value)?,
                 "bench" => options.bench = Some(bench(word, value)?),
                 "dimm" => options.dimm = Some(dimm(word, value)?),
                 _ => return Err(Error::UnknownWord(word)),
@@ -340,13 +350,14 @@ fn dimm<'a>(word: &'a str, value: &'a str) -> Result<(u64, u64), Error<'a>> {
     Ok((address, number(word, size, 1 << 20..=1 << 30, wanted)?))
 }
 
-fn discards<'a>(word: &'a str, value: &str) -> Result<bool, Error<'a>> {
+fn contents<'a>(word: &'a str, value: &str) -> Result<Contents, Error<'a>> {
     match value {
-        "now" => Ok(true),
-        "keep" => Ok(false),
+        "empty" => Ok(Contents::Empty),
+        "kept" => Ok(Contents::Kept),
+        "unknown" => Ok(Contents::Unknown),
         _ => Err(Error::Value {
             word,
-            wanted: "the backend's property: now or keep",
+            wanted: "empty, kept or unknown",
         }),
     }
 }
@@ -406,7 +417,7 @@ mod tests {
     #[test]
     fn values() {
         let options = Options::parse(
-            "scenario=fault smp=4 shared-bit=38 seed=0xff count=7 timeout=9 discard=keep",
+            "scenario=fault smp=4 shared-bit=38 seed=0xff count=7 timeout=9 contents=unknown",
         )
         .unwrap();
         assert_eq!(options.count, Some(7));
@@ -415,15 +426,13 @@ mod tests {
         assert_eq!(options.strict_from, 4 << 30);
         assert_eq!(options.seed, 255);
         assert_eq!(options.timeout, 9);
-        assert!(!options.discards);
+        assert_eq!(options.contents, Contents::Unknown);
         assert_eq!(options.dimm, None);
         let options = Options::parse("scenario=idle dimm=0x200000000+67108864").unwrap();
         assert_eq!(options.dimm, Some((8 << 30, 64 << 20)));
-        assert!(
-            Options::parse("scenario=idle discard=now")
-                .unwrap()
-                .discards
-        );
+        let contents = |line| Options::parse(line).unwrap().contents;
+        assert_eq!(contents("scenario=idle"), Contents::Empty);
+        assert_eq!(contents("scenario=idle contents=kept"), Contents::Kept);
     }
 
     #[test]
@@ -458,7 +467,7 @@ mod tests {
             "timeout=0",
             "count=0",
             "seed=-1",
-            "discard=off",
+            "contents=now",
             "dimm=0+0",
             "dimm=0x200000000",
         ] {

@@ -8,6 +8,7 @@ use crate::memory::TestMemory;
 use crate::plan::Plan;
 use core::ops::Range;
 use guestmemfd_guest::PAGE_SIZE;
+use guestmemfd_guest::cmdline::Contents;
 use guestmemfd_guest::model::{Intent, Model, State};
 use guestmemfd_guest::pattern::{self, WORDS};
 
@@ -25,6 +26,8 @@ pub(crate) enum Content {
     Empty,
     /// The pattern of a tag.
     Tag(u64),
+    /// At its start, what QEMU writes.
+    Host,
 }
 
 /// Pages under test, by number, and what must be true of them.
@@ -33,6 +36,8 @@ pub(crate) struct Tester<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) memory: TestMemory,
     pub(crate) model: Model<'a>,
+    /// What each page holds, as far as it has been filled and looked at here.
+    pub(crate) contents: &'a mut [Content],
 }
 
 impl Tester<'_> {
@@ -53,8 +58,34 @@ impl Tester<'_> {
                 expected: "0",
             });
         }
-        self.model.request(pages.start, pages.len(), intent);
+        self.converted(pages, intent);
         Ok(())
+    }
+
+    /// Notes a request that was granted.
+    pub(crate) fn converted(&mut self, pages: Range<usize>, intent: Intent) {
+        for page in pages.clone() {
+            self.enters(page, intent);
+        }
+        self.model.request(pages.start, pages.len(), intent);
+    }
+
+    /// Notes what a page holds once it is in a view.
+    fn enters(&mut self, page: usize, intent: Intent) {
+        // A page that nobody has decided shows the shared view.
+        if self.view(page) == intent {
+            return;
+        }
+        match self.plan.options.contents {
+            Contents::Empty => self.contents[page] = Content::Empty,
+            Contents::Unknown => self.contents[page] = Content::Unknown,
+            Contents::Kept => {}
+        }
+    }
+
+    /// Something that is not looked at here has written to pages.
+    pub(crate) fn forget(&mut self, pages: Range<usize>) {
+        self.contents[pages].fill(Content::Unknown);
     }
 
     /// Makes sure that no page is private.
@@ -77,6 +108,7 @@ impl Tester<'_> {
                 self.memory
                     .write(page, intent, index, pattern::word(tag, gpa, index));
             }
+            self.contents[page] = Content::Tag(tag);
         }
     }
 
@@ -92,6 +124,7 @@ impl Tester<'_> {
     /// Writes some words of every page, through the shared view: to fill pages takes emulators
     /// minutes.
     pub(crate) fn mark(&mut self, pages: Range<usize>, tag: u64) {
+        self.forget(pages.clone());
         for (page, index) in marks(pages) {
             let word = pattern::word(tag, self.memory.gpa(page), index);
             self.memory.write(page, Intent::Shared, index, word);
@@ -107,39 +140,39 @@ impl Tester<'_> {
         })
     }
 
-    /// Pages that have just entered a view must read as zeros, unless the hypervisor keeps what was
-    /// there.
+    /// Pages must read as zeros.
     pub(crate) fn is_empty(&mut self, pages: Range<usize>, intent: Intent) -> Check {
+        pages
+            .into_iter()
+            .try_for_each(|page| self.compare(page, intent, WORDS, |_| 0))
+    }
+
+    /// Pages must hold what they were filled with, or what conversions since then leave of it.
+    pub(crate) fn as_expected(&mut self, pages: Range<usize>, intent: Intent) -> Check {
         for page in pages {
-            if self.plan.options.discards {
-                self.compare(page, intent, WORDS, |_| 0)?;
-            } else {
-                self.touch(page, intent);
-                self.memory.read(page, intent, 0);
+            self.touch(page, intent);
+            match self.contents[page] {
+                Content::Unknown => {
+                    self.memory.read(page, intent, 0);
+                }
+                Content::Empty => self.is_empty(page..page + 1, intent)?,
+                Content::Tag(tag) => self.holds(page..page + 1, intent, tag)?,
+                Content::Host => self.holds_the_hosts(page, intent)?,
             }
         }
         Ok(())
     }
 
-    /// A page must hold this.
-    pub(crate) fn page_holds(&mut self, page: usize, intent: Intent, content: Content) -> Check {
-        match content {
-            Content::Unknown => {
-                self.touch(page, intent);
-                self.memory.read(page, intent, 0);
-                Ok(())
+    /// A word of a page that is as expected, if anything is known of it.
+    pub(crate) fn expected_word(&self, page: usize, index: usize) -> Option<u64> {
+        match self.contents[page] {
+            Content::Unknown => None,
+            Content::Empty => Some(0),
+            Content::Tag(tag) => Some(pattern::word(tag, self.memory.gpa(page), index)),
+            Content::Host => {
+                let host = &self.plan.host;
+                (index < host.words).then(|| host.word(index))
             }
-            Content::Empty => self.is_empty(page..page + 1, intent),
-            Content::Tag(tag) => self.holds(page..page + 1, intent, tag),
-        }
-    }
-
-    /// What a page holds that has just entered another view.
-    pub(crate) fn fresh(&self) -> Content {
-        if self.plan.options.discards {
-            Content::Empty
-        } else {
-            Content::Unknown
         }
     }
 
@@ -153,13 +186,18 @@ impl Tester<'_> {
 
     /// Has QEMU write to a shared page, and looks at it through the shared view.
     pub(crate) fn host_writes(&mut self, page: usize) -> Check {
-        let plan = self.plan;
-        let host = &plan.host;
+        let host = &self.plan.host;
         let gpa = self.memory.gpa(page);
         self.memory
             .host_writes(page, host.selector, host.words * 8)
             .map_err(|_| Failure::Host { gpa })?;
-        self.compare(page, Intent::Shared, host.words, |index| host.word(index))
+        self.contents[page] = Content::Host;
+        self.holds_the_hosts(page, Intent::Shared)
+    }
+
+    fn holds_the_hosts(&mut self, page: usize, intent: Intent) -> Check {
+        let host = &self.plan.host;
+        self.compare(page, intent, host.words, |index| host.word(index))
     }
 
     /// Sends a request that must be refused with EINVAL.
@@ -188,6 +226,7 @@ impl Tester<'_> {
     /// Notes an access. With a shared bit it converts a page that is in the other view.
     pub(crate) fn touch(&mut self, page: usize, intent: Intent) {
         if self.memory.has_shared_bit() {
+            self.enters(page, intent);
             self.model.touch(page, intent);
         }
     }

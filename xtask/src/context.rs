@@ -30,7 +30,7 @@ pub(crate) struct Options {
         global = true,
         action = clap::ArgAction::Set,
         value_name = "on|off",
-        default_value = "off",
+        default_value = "on",
         value_parser = on_or_off
     )]
     in_place: bool,

@@ -168,7 +168,7 @@ fn good(tester: &mut Tester<'_>, pages: Range<usize>) -> Check {
     let (private, shared) = halves(pages);
     for (pages, intent) in [(private, Shared), (shared, Private)] {
         tester.request(pages.clone(), intent)?;
-        tester.is_empty(pages.clone(), intent)?;
+        tester.as_expected(pages.clone(), intent)?;
         tester.fill(pages.clone(), intent, AGAIN);
         tester.holds(pages, intent, AGAIN)?;
     }

@@ -53,7 +53,7 @@ fn flip(
         for intent in [Private, Shared] {
             convert(tester, pages.clone(), intent)?;
             for page in pages.clone().step_by(STEP) {
-                tester.is_empty(page..page + 1, intent)?;
+                tester.as_expected(page..page + 1, intent)?;
                 tester.fill(page..page + 1, intent, tag);
             }
             for page in pages.clone().step_by(STEP) {

@@ -29,7 +29,7 @@ use crate::failure::Failure;
 use crate::hypercall::enabled;
 use crate::memory::TestMemory;
 use crate::plan::Plan;
-use crate::tester::{Check, Tester};
+use crate::tester::{Check, Content, Tester};
 use crate::{smp, tap};
 use core::ops::Range;
 use guestmemfd_guest::layout::{Area, EDGE_PAGES, SLICE_PAGES};
@@ -63,6 +63,8 @@ struct CpuState {
     slices: [[State; SLICE_PAGES]; AREAS],
     /// Used by the boot CPU alone.
     edges: [[State; EDGE_PAGES]; AREAS],
+    /// Of the pages of one slice or edge, within a scenario.
+    contents: [Content; SLICE_PAGES],
 }
 
 static CPUS: [Mutex<CpuState>; MAX_CPUS] = [const {
@@ -87,6 +89,7 @@ static CPUS: [Mutex<CpuState>; MAX_CPUS] = [const {
         },
         slices: [[State::Undecided; SLICE_PAGES]; AREAS],
         edges: [[State::Undecided; EDGE_PAGES]; AREAS],
+        contents: [Content::Unknown; SLICE_PAGES],
     })
 }; MAX_CPUS];
 
@@ -204,6 +207,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
         touched,
         slices,
         edges,
+        contents,
     } = &mut *state;
     for (index, area) in plan.areas.iter().enumerate() {
         let Some(area) = area else { continue };
@@ -233,7 +237,7 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
         let mut run = Run {
             cpu,
             area: area.name,
-            tester: tester(plan, plan.slice(area, cpu), &mut slices[index]),
+            tester: tester(plan, plan.slice(area, cpu), &mut slices[index], contents),
             log,
             touched,
         };
@@ -264,22 +268,17 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {
-            *counts += run_at_edge(plan, area, &mut edges[index], log, touched);
+            let tester = tester(plan, plan.edge(area), &mut edges[index], contents);
+            *counts += run_at_edge(area, tester, log, touched);
         }
     }
 }
 
-fn run_at_edge(
-    plan: &Plan,
-    area: &Area,
-    states: &mut [State],
-    log: &mut Log,
-    touched: &mut Touched,
-) -> Counts {
+fn run_at_edge(area: &Area, tester: Tester<'_>, log: &mut Log, touched: &mut Touched) -> Counts {
     let mut run = Run {
         cpu: 0,
         area: area.name,
-        tester: tester(plan, plan.edge(area), states),
+        tester,
         log,
         touched,
     };
@@ -287,11 +286,19 @@ fn run_at_edge(
     run.tester.model.counts
 }
 
-fn tester<'a>(plan: &'a Plan, memory: TestMemory, states: &'a mut [State]) -> Tester<'a> {
+fn tester<'a>(
+    plan: &'a Plan,
+    memory: TestMemory,
+    states: &'a mut [State],
+    contents: &'a mut [Content],
+) -> Tester<'a> {
+    // Scenarios go around the tester as well.
+    contents.fill(Content::Unknown);
     Tester {
         plan,
         memory,
         model: Model::new(states),
+        contents,
     }
 }
 

@@ -3,15 +3,13 @@
 //! is in the pages that no other CPU converts; the ranges reach into those that others do.
 
 use super::Run;
-use super::fault::changes_view;
 use crate::failure::Failure;
 use crate::hypercall;
 use crate::memory::TestMemory;
 use crate::smp::Barrier;
-use crate::tester::{Check, Content, Tester};
+use crate::tester::{Check, Tester};
 use guestmemfd_guest::layout::SLICE_PAGES;
 use guestmemfd_guest::model::Intent::{self, Private, Shared};
-use guestmemfd_guest::model::State;
 use guestmemfd_guest::pattern::Random;
 use guestmemfd_guest::storm::{self, OWN};
 
@@ -27,7 +25,6 @@ pub(super) fn run(run: &mut Run<'_>, cpu: usize, strict: bool, all: TestMemory) 
         strict,
         all,
         random: Random::new(seed << 16 | cpu as u64),
-        contents: [Content::Unknown; OWN.end - OWN.start],
         tag: 0,
     };
     let cpus = run.tester.plan.cpus;
@@ -38,7 +35,7 @@ pub(super) fn run(run: &mut Run<'_>, cpu: usize, strict: bool, all: TestMemory) 
     BARRIER.wait(cpus);
     run.test("every page holds what its CPU put there", |tester| {
         for page in OWN {
-            tester.page_holds(page, tester.view(page), storm.content(page))?;
+            tester.as_expected(page..page + 1, tester.view(page))?;
         }
         Ok(())
     });
@@ -53,8 +50,6 @@ struct Storm {
     /// The slices of all CPUs.
     all: TestMemory,
     random: Random,
-    /// Of the pages that no other CPU converts.
-    contents: [Content; OWN.end - OWN.start],
     tag: u64,
 }
 
@@ -78,10 +73,6 @@ impl Storm {
         }
     }
 
-    fn content(&self, page: usize) -> Content {
-        self.contents[page - OWN.start]
-    }
-
     /// Converts a range, which may belong to neighbours in part or as a whole.
     fn request(&mut self, tester: &mut Tester<'_>) -> Check {
         let range = storm::range(&mut self.random, self.cpu, tester.plan.cpus);
@@ -102,15 +93,7 @@ impl Storm {
         let slice = self.cpu * SLICE_PAGES;
         let first = range.start.saturating_sub(slice).min(SLICE_PAGES);
         let end = range.end.saturating_sub(slice).min(SLICE_PAGES);
-        for page in first.max(OWN.start)..end.min(OWN.end) {
-            if tester.model.state(page) != State::from(intent) {
-                // A page that was never decided keeps its data as a shared one.
-                if tester.model.state(page) == State::Private || intent == Private {
-                    self.contents[page - OWN.start] = tester.fresh();
-                }
-            }
-        }
-        tester.model.request(first, end - first, intent);
+        tester.converted(first..end, intent);
         Ok(())
     }
 
@@ -137,19 +120,13 @@ impl Storm {
         } else {
             tester.view(page)
         };
-        let mut content = self.content(page);
-        if changes_view(tester.model.state(page), intent) && self.strict {
-            content = tester.fresh();
-        }
         if self.random.below(2) == 0 {
             self.tag += 1;
-            content = Content::Tag(self.tag);
             tester.fill(page..page + 1, intent, self.tag);
+            Ok(())
         } else {
-            tester.page_holds(page, intent, content)?;
+            tester.as_expected(page..page + 1, intent)
         }
-        self.contents[page - OWN.start] = content;
-        Ok(())
     }
 }
 

@@ -52,6 +52,15 @@ impl Group {
         number(&self.read("memory.peak")?)
     }
 
+    /// Bytes of files that it has on a NUMA node.
+    pub(crate) fn file_bytes_of_node(&self, node: u32) -> Result<u64> {
+        let text = self.read("memory.numa_stat")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("file "));
+        let mut words = line.context("memory.numa_stat has no files")?.split(' ');
+        let bytes = words.find_map(|word| word.strip_prefix(&format!("N{node}=")));
+        number(bytes.with_context(|| format!("memory.numa_stat has no node {node}"))?)
+    }
+
     /// No more than so many bytes from now on.
     pub(crate) fn limit(&self, bytes: u64) -> Result<Limit<'_>> {
         self.write_limit(&bytes.to_string())?;

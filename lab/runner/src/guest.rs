@@ -138,10 +138,13 @@ pub(crate) fn wait_line_into(
             return Ok(line);
         }
     }
-    bail!(
-        "the guest did not say {begin:?} within {} s",
-        limit.as_secs()
-    )
+    match qemu.last_words() {
+        Some(words) => bail!("QEMU ended before the guest said {begin:?}: {words}"),
+        None => bail!(
+            "the guest did not say {begin:?} within {} s",
+            limit.as_secs()
+        ),
+    }
 }
 
 /// What a line of the guest's says as `name=0x...`.

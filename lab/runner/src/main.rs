@@ -7,6 +7,7 @@ mod boot;
 mod cgroup;
 mod failslab;
 mod guest;
+mod intrusion;
 mod kernel;
 mod linux;
 mod marks;

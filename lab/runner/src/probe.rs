@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
 use kvm_ioctls::{Kvm, VmFd};
@@ -39,6 +40,10 @@ pub(crate) enum Need {
     NoNumaPolicy,
     /// A software-protected VM that converts: attributes and the hypercall.
     PrivateMemory,
+    /// One whose private memory is in a file of its own.
+    TwoFiles,
+    /// One that converts memory in place.
+    InPlace,
     /// The lab kernel's `sw_protected_strict_from`, and the right to set it.
     StrictMode,
     /// A KVM without software-protected VMs: what is said there is a test as well.
@@ -77,7 +82,10 @@ pub(crate) struct Machine {
 struct Vm {
     guest_memfd: bool,
     guest_memfd_flags: u32,
+    /// Of the VM.
     attributes: u32,
+    /// Of its guest_memfd, where memory is converted in place.
+    file_attributes: u32,
     exit_hypercall: u32,
 }
 
@@ -144,6 +152,14 @@ impl Machine {
                 .numa_policy
                 .then(|| "guest_memfd follows NUMA policies".into()),
             Need::PrivateMemory => self.lacks_private_memory(),
+            Need::TwoFiles => self.lacks_private_memory().or_else(|| {
+                self.in_place()
+                    .then(|| "memory is converted in place (--in-place off)".into())
+            }),
+            Need::InPlace => self.lacks_private_memory().or_else(|| {
+                (!self.in_place())
+                    .then(|| "memory is not converted in place (--in-place on)".into())
+            }),
             Need::StrictMode => match (&self.strict_from, self.strict_writable) {
                 (None, _) => Some(format!("KVM has no {} (lab kernel)", strict::PATH)),
                 (_, false) => Some(format!("{} is not writable: run as root", strict::PATH)),
@@ -163,6 +179,12 @@ impl Machine {
         }
     }
 
+    /// Does KVM convert memory in place?
+    fn in_place(&self) -> bool {
+        let vm = self.sw_protected.unwrap_or_default();
+        vm.file_attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0
+    }
+
     fn lacks_private_memory(&self) -> Option<String> {
         let Some(vm) = self.sw_protected else {
             let why = self.no_sw_protected.as_deref().unwrap_or_default();
@@ -172,7 +194,7 @@ impl Machine {
         };
         if !vm.guest_memfd {
             Some("software-protected VMs have no guest_memfd".into())
-        } else if vm.attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE == 0 {
+        } else if (vm.attributes | vm.file_attributes) & KVM_MEMORY_ATTRIBUTE_PRIVATE == 0 {
             Some("software-protected VMs have no PRIVATE memory attribute".into())
         } else if vm.exit_hypercall & (1 << KVM_HC_MAP_GPA_RANGE) == 0 {
             Some("KVM does not hand KVM_HC_MAP_GPA_RANGE to user space".into())
@@ -182,6 +204,12 @@ impl Machine {
     }
 }
 
+/// Does this machine's KVM convert memory in place?
+pub(crate) fn in_place() -> bool {
+    static IN_PLACE: LazyLock<bool> = LazyLock::new(|| Machine::probe().in_place());
+    *IN_PLACE
+}
+
 impl Vm {
     fn ask(vm: &VmFd) -> Self {
         // A negative answer (an old kernel's EINVAL) means the same as 0.
@@ -189,8 +217,8 @@ impl Vm {
         Self {
             guest_memfd: ask(KVM_CAP_GUEST_MEMFD) > 0,
             guest_memfd_flags: ask(KVM_CAP_GUEST_MEMFD_FLAGS),
-            // Of the VM, or of its guest_memfd where memory is converted in place.
-            attributes: ask(KVM_CAP_MEMORY_ATTRIBUTES) | ask(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES),
+            attributes: ask(KVM_CAP_MEMORY_ATTRIBUTES),
+            file_attributes: ask(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES),
             exit_hypercall: ask(KVM_CAP_EXIT_HYPERCALL),
         }
     }
@@ -295,6 +323,7 @@ mod tests {
             guest_memfd: true,
             guest_memfd_flags: 0,
             attributes: 8,
+            file_attributes: 0,
             exit_hypercall: 1 << 12,
         };
         let with = |vm| Machine {
@@ -302,6 +331,16 @@ mod tests {
             ..Machine::default()
         };
         assert_eq!(with(whole).lacks(Need::PrivateMemory), None);
+        assert_eq!(with(whole).lacks(Need::TwoFiles), None);
+        assert!(with(whole).lacks(Need::InPlace).is_some());
+        let in_place = Vm {
+            attributes: 0,
+            file_attributes: 8,
+            ..whole
+        };
+        assert_eq!(with(in_place).lacks(Need::PrivateMemory), None);
+        assert_eq!(with(in_place).lacks(Need::InPlace), None);
+        assert!(with(in_place).lacks(Need::TwoFiles).is_some());
         let part = Vm {
             attributes: 0,
             ..whole

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -141,6 +141,12 @@ impl Qemu {
     /// The guest's next line; nothing if none comes in time or its port has closed.
     pub(crate) fn serial_line(&self, limit: Duration) -> Option<String> {
         self.serial.recv_timeout(limit).ok()
+    }
+
+    /// What QEMU wrote to stderr, if the guest's port has closed because QEMU ended.
+    pub(crate) fn last_words(&self) -> Option<String> {
+        let closed = self.serial.try_recv() == Err(TryRecvError::Disconnected);
+        closed.then(|| self.stderr().trim().to_owned())
     }
 
     /// Still there, not ended?

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Result, bail};
 
 use crate::linux;
-use crate::probe::Need;
+use crate::probe::{self, Need};
 
 /// Where the second, unbound window of a strict-mode guest lies: `1 << SHARED_BIT`.
 pub(crate) const SHARED_BIT: u32 = 38;
@@ -224,6 +224,9 @@ impl Vm {
                 "sw-protected-guest,id=cgs0,shared-bit={SHARED_BIT}"
             ));
             append += &format!(" shared-bit={SHARED_BIT}");
+        }
+        if probe::in_place() {
+            append += " contents=kept";
         }
         vm.smp = smp;
         let pattern = format!("name=opt/guestmemfd/pattern,string={}", host_pattern());

@@ -17,7 +17,7 @@ const LARGE_SIZE: u64 = 1280 * MIB;
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
 
 /// Who is measured, and how it is set up. `report.json` calls the second part the variant.
-pub(crate) const SUBJECTS: [(&str, &str); 12] = [
+pub(crate) const SUBJECTS: [(&str, &str); 14] = [
     ("floor", ""),
     ("floor", "prefault"),
     (IN_PLACE, ""),
@@ -27,6 +27,8 @@ pub(crate) const SUBJECTS: [(&str, &str); 12] = [
     ("ours", "discard=keep"),
     ("ours", "prefault=on"),
     ("ours", "lazy-attributes=off"),
+    OURS_IN_PLACE,
+    ("ours", "mode=in-place,prefault=on"),
     ("ours", "mode=mapped"),
     ("ours", "mode=mapped,bind=on"),
     ("ours", LIBRARY),
@@ -34,6 +36,9 @@ pub(crate) const SUBJECTS: [(&str, &str); 12] = [
 
 /// The subject whose memory is converted in place.
 const IN_PLACE: &str = "floor-in-place";
+
+/// The same in QEMU.
+const OURS_IN_PLACE: (&str, &str) = ("ours", "mode=in-place");
 
 /// The variant that is the library alone, without QEMU and without a guest.
 const LIBRARY: &str = "library";
@@ -150,12 +155,14 @@ impl Measurement {
             (_, _, variant) if variant.starts_with("mode=mapped") => false,
             // The floor has no devices.
             ("disk", subject, variant) => subject == "upstream" || (subject, variant) == MAIN,
-            ("start" | SEQUENTIAL, _, variant) => matches!(variant, "" | "discard=now"),
+            ("start" | SEQUENTIAL, _, variant) => {
+                matches!(variant, "" | "discard=now" | "mode=in-place")
+            }
             // Upstream's path sets the attribute at one address of a page only: a touch at the other
             // does not convert it.
             ("fault", "upstream", _) => false,
             // Prefaulting is for requests; lazy attributes, which are on otherwise, are for touches.
-            ("fault", _, variant) => !variant.starts_with("prefault"),
+            ("fault", _, variant) => !variant.contains("prefault"),
             (_, _, variant) => variant != "lazy-attributes=off",
         }
     }
@@ -167,7 +174,7 @@ impl Measurement {
 
     /// Does it need a kernel that converts in place?
     pub(crate) fn in_place(&self) -> bool {
-        self.subject == IN_PLACE
+        self.subject == IN_PLACE || self.variant.starts_with(OURS_IN_PLACE.1)
     }
 
     /// Is it what CI looks at?

@@ -145,7 +145,7 @@ fn one(bench: &Bench, measurement: &Measurement, how: &How) -> Result<Vec<Row>> 
         plugin: watch.as_ref().map(|(option, _)| option.clone()),
         programs: vec![bench.floor.clone()],
         log: Some(format!("bench-{file}")),
-        in_place: measurement.in_place().then_some(true),
+        in_place: Some(measurement.in_place()),
         ..Task::default()
     };
     let mut lines = Vec::new();

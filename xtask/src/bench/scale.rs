@@ -34,6 +34,7 @@ pub(super) fn measure(
         limit: Some(limit),
         programs: vec![bench.floor.clone()],
         log: Some("bench-scale".to_owned()),
+        in_place: Some(false),
         ..Task::default()
     };
     let mut times = Times::new();

@@ -159,7 +159,18 @@ const STEPS: &[TestStep] = &[
         steps::machine,
     )
     .named(),
-    step("lab", "tests with QEMU in level 1 of the lab", steps::lab).named(),
+    step(
+        "lab",
+        "tests with QEMU in level 1 of the lab, which converts memory in place",
+        steps::lab,
+    )
+    .named(),
+    step(
+        "two-files",
+        "the same where memory is converted in two files",
+        steps::two_files,
+    )
+    .named(),
     step(
         "avocado",
         "tests with Avocado, in the lab if this machine's KVM does not serve",
@@ -316,7 +327,7 @@ mod tests {
         assert_eq!(names(&options(&["qtest", "c"], &[], false)), ["c", "qtest"]);
         assert_eq!(
             names(&options(&[], &["x", "y"], false)),
-            ["unit", "uapi", "machine", "lab"]
+            ["unit", "uapi", "machine", "lab", "two-files"]
         );
     }
 }

@@ -288,11 +288,20 @@ pub(crate) fn machine(bench: &Bench, step: &Step) -> Result<Tally> {
 }
 
 pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
+    in_lab(bench, step, "lab", bench.ctx.in_place)
+}
+
+pub(crate) fn two_files(bench: &Bench, step: &Step) -> Result<Tally> {
+    in_lab(bench, step, "two-files", false)
+}
+
+/// The runner's tests in a level 1 whose kernel converts in place, or in two files.
+fn in_lab(bench: &Bench, step: &Step, name: &str, in_place: bool) -> Result<Tally> {
     let ctx = bench.ctx;
     let lab = Lab::complete(ctx, step, bench.parts(step)?)?;
     let disk = debian::GUEST.disk(ctx, step)?;
     let programs = programs(ctx, step)?;
-    let logs = ctx.scratch().join("lab");
+    let logs = ctx.scratch().join(name);
     cache::remove(&logs)?;
     fs::create_dir_all(&logs)?;
     let in_level_1 = programs.each_ref().map(|(option, path)| {
@@ -317,6 +326,8 @@ pub(crate) fn lab(bench: &Bench, step: &Step) -> Result<Tally> {
         programs: level_1_programs,
         disks: vec![disk],
         iommu: true,
+        in_place: Some(in_place),
+        log: Some(name.to_owned()),
         ..Task::default()
     };
     step.say("running");

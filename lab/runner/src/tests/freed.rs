@@ -5,8 +5,8 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{Context, GUEST_LIMIT, Test, guests};
 use crate::guest;
-use crate::memory::{self, Kind, System};
-use crate::probe::Need;
+use crate::memory::{self, Backing, Kind, System};
+use crate::probe::{self, Need};
 use crate::query::{self, Backend};
 use crate::vm::Scenario;
 
@@ -35,6 +35,7 @@ fn run(context: &Context, scenario: Scenario) -> Result<()> {
     );
     files_match(&backend, qemu.pid())?;
     let files = memory::backings(qemu.pid())?;
+    // There is none where memory is converted in place.
     let memfd = memory::allocated(&files, Kind::Memfd).context("memfd not counted")?;
     let gmem = memory::allocated(&files, Kind::GuestMemfd).context("guest_memfd not counted")?;
     ensure!(
@@ -70,6 +71,9 @@ pub(super) fn all_files_match(backends: &[Backend], pid: u32) -> Result<()> {
     let sum = |of: fn(&Backend) -> u64| backends.iter().map(of).sum::<u64>();
     let (shared_allocated, private) = (sum(|b| b.shared_allocated), sum(|b| b.private_bytes));
     let files = memory::backings(pid)?;
+    if probe::in_place() {
+        return one_file(&files, sum(|b| b.size));
+    }
     let memfd = memory::allocated(&files, Kind::Memfd).context("memfd not counted")?;
     ensure!(
         shared_allocated == memfd,
@@ -87,5 +91,41 @@ pub(super) fn all_files_match(backends: &[Backend], pid: u32) -> Result<()> {
             "guest_memfd has {gmem} bytes, of which only {private} can be private pages"
         );
     }
+    Ok(())
+}
+
+/// In place there is no second file, and the one has no more than the memory of the guest.
+fn one_file(files: &[Backing], size: u64) -> Result<()> {
+    ensure!(
+        !files.iter().any(|file| file.kind == Kind::Memfd),
+        "there is a memfd: {files:?}"
+    );
+    if let Some(gmem) = memory::allocated(files, Kind::GuestMemfd) {
+        ensure!(
+            gmem <= size,
+            "guest_memfd has {gmem} bytes for {size} bytes of memory"
+        );
+    }
+    Ok(())
+}
+
+/// There are the files of one backend of `size` bytes, and no others.
+pub(super) fn files_are(files: &[Backing], size: u64) -> Result<()> {
+    let kinds: &[Kind] = match probe::in_place() {
+        true => &[Kind::GuestMemfd],
+        false => &[Kind::GuestMemfd, Kind::Memfd],
+    };
+    for &kind in kinds {
+        let of_kind = files.iter().filter(|file| file.kind == kind);
+        let sizes: Vec<u64> = of_kind.map(|file| file.size).collect();
+        ensure!(
+            sizes == [size],
+            "one {kind:?} of {size} bytes expected, found {sizes:?}"
+        );
+    }
+    ensure!(
+        files.len() == kinds.len(),
+        "there are more files: {files:?}"
+    );
     Ok(())
 }

@@ -27,13 +27,9 @@ use crate::vm::{Scenario, Vm};
 const FIND_LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn tests() -> Vec<Test> {
-    let private = &[Need::PrivateMemory];
+    let private = &[Need::TwoFiles];
     vec![
-        Test::new(
-            "guard/quiet",
-            &[Need::PrivateMemory, Need::StrictMode],
-            quiet,
-        ),
+        Test::new("guard/quiet", &[Need::TwoFiles, Need::StrictMode], quiet),
         Test::new("guard/clock", private, clock),
         Test::new("guard/clock-fatal", private, clock_fatal),
         Test::new("guard/other-process", private, other_process),

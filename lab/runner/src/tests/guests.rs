@@ -38,13 +38,14 @@ pub(super) fn tests() -> Vec<Test> {
     tests.push(above.only_in_full());
     for smp in [1, 4] {
         let name = format!("guest/fault-lazy-{smp}");
-        tests.push(Test::new(name, strict, move |context| lazy(context, smp)));
+        let needs = &[Need::TwoFiles, Need::StrictMode];
+        tests.push(Test::new(name, needs, move |context| lazy(context, smp)));
     }
-    let private = &[Need::PrivateMemory];
-    tests.push(Test::new("guest/keep-hypercall-1", private, keep));
+    let two_files = &[Need::TwoFiles];
+    tests.push(Test::new("guest/keep-hypercall-1", two_files, keep));
     for scenario in [Scenario::Hypercall, Scenario::Bad] {
         let name = format!("guest/upstream-{}-1", scenario.name());
-        tests.push(Test::new(name, private, move |context| {
+        tests.push(Test::new(name, two_files, move |context| {
             upstream(context, scenario)
         }));
     }
@@ -131,7 +132,7 @@ fn keep(context: &Context) -> Result<()> {
     let vm = guest_vm(context, Scenario::Hypercall, 1);
     let mut vm = with_properties(vm, "discard=keep");
     if let Some((_, append)) = &mut vm.kernel {
-        append.push_str(" discard=keep");
+        append.push_str(" contents=unknown");
     }
     let (backend, tap) = run_vm(context, &vm)?;
     agrees(Scenario::Hypercall, &backend, &tap)

@@ -7,6 +7,7 @@ mod guard;
 mod guests;
 mod host;
 mod hostile;
+mod in_place;
 mod large;
 mod library;
 mod linux;
@@ -154,6 +155,7 @@ fn all(options: &Options) -> Vec<Test> {
         host::tests(),
         dump::tests(),
         guard::tests(),
+        in_place::tests(),
         vfio::tests(),
         large::tests(),
         no_memory::tests(),

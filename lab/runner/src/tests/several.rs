@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
 use crate::guest;
-use crate::probe::Need;
+use crate::probe::{self, Need};
 use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query::{self, Backend};
 use crate::strict::Strict;
@@ -34,7 +34,7 @@ pub(super) fn tests() -> Vec<Test> {
     vec![
         Test::new("several/numa-nodes", strict, numa),
         Test::new("several/dimm", strict, dimm),
-        Test::new("several/other-backend", &[Need::PrivateMemory], other),
+        Test::new("several/other-backend", &[Need::TwoFiles], other),
         Test::new("several/dimms-come-and-go", strict, |context| {
             come_and_go(context, &hotplug_vm(context, Scenario::Storm), |_| Ok(()))
         }),
@@ -162,11 +162,12 @@ fn dimm_word() -> String {
 }
 
 fn plug(qemu: &mut Qemu) -> Result<()> {
-    // A guard has to end with its backend, also while others run.
-    plug_object(
-        qemu,
-        json!({"qom-type": BACKEND, "id": "extra", "size": DIMM, "guard": "report"}),
-    )
+    let mut object = json!({"qom-type": BACKEND, "id": "extra", "size": DIMM});
+    if !probe::in_place() {
+        // It has to end with its backend, also while others run.
+        object["guard"] = json!("report");
+    }
+    plug_object(qemu, object)
 }
 
 fn plug_object(qemu: &mut Qemu, object: Value) -> Result<()> {

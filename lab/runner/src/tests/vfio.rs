@@ -24,6 +24,7 @@ const FEW: u32 = 16;
 
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory, Need::Vfio];
+    let two_files = &[Need::TwoFiles, Need::Vfio, Need::Iommufd];
     let iommufd = &[Need::PrivateMemory, Need::Vfio, Need::Iommufd];
     let strict_mode = &[Need::PrivateMemory, Need::StrictMode, Need::Vfio];
     let mut tests = vec![
@@ -31,7 +32,7 @@ pub(super) fn tests() -> Vec<Test> {
             carries(context, &with_device(private_vm(context, SMALL), "")?)
         }),
         Test::new("vfio/strict", strict_mode, strict),
-        Test::new("vfio/guard", private, guard_refused),
+        Test::new("vfio/guard", two_files, guard_refused),
         Test::new("vfio/added-later", private, added_later),
         Test::new("vfio/too-large", private, too_large),
         Test::new("vfio/too-large-later", private, too_large_later),
@@ -42,7 +43,7 @@ pub(super) fn tests() -> Vec<Test> {
             again(context, ",x-change-vmfd-on-reset=on")
         })
         .only_in_full(),
-        Test::new("vfio/iommufd-guard", iommufd, |context| {
+        Test::new("vfio/iommufd-guard", two_files, |context| {
             let vm = private_vm(context, SMALL).with_backend_properties("guard=fatal");
             carries(context, &with_iommufd(vm)?)
         }),
