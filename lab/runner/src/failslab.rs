@@ -7,15 +7,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::probe;
 use crate::setting::write;
 
 const CONTROLS: &str = "/sys/kernel/debug/failslab";
 
-/// Attributes of a VM are kept in nodes of this cache.
+/// Attributes of a VM are kept in nodes of this cache, and set by an ioctl of the VM. Other users of
+/// the cache are let alone.
 const CACHE: &str = "radix_tree_node";
-
-/// The ioctls of a VM, attributes among them. Other users of the cache are let alone.
 const FUNCTION: &str = "kvm_vm_ioctl";
+
+/// The same where a guest_memfd keeps attributes.
+const IN_PLACE: (&str, &str) = ("maple_node", "kvm_gmem_ioctl");
 
 /// Allocations fail while this lives.
 #[derive(Debug)]
@@ -24,13 +27,12 @@ pub(crate) struct Failures(PathBuf);
 
 impl Failures {
     /// Lets so many of a hundred allocations for a VM's attributes fail. The kernel tries twice for
-    /// each node.
+    /// each node of a VM's.
     pub(crate) fn on(percent: u32) -> Result<Self> {
-        Self::of(CACHE, FUNCTION, percent)
-    }
-
-    /// The same for another cache, and a function for which it allocates.
-    pub(crate) fn of(cache: &str, name: &str, percent: u32) -> Result<Self> {
+        let (cache, name) = match probe::in_place() {
+            true => IN_PLACE,
+            false => (CACHE, FUNCTION),
+        };
         let (start, end) = function(&fs::read_to_string("/proc/kallsyms")?, name)?;
         let cache = switch(cache);
         write(&cache, "1")?;

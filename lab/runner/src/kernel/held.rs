@@ -180,7 +180,7 @@ fn other_cpu() -> Result<()> {
 fn no_memory() -> Result<()> {
     let (_vm, file) = new_file()?;
     file.convert(40..41, true)?;
-    let failures = Failures::of("maple_node", "kvm_gmem_ioctl", 100)?;
+    let failures = Failures::on(100)?;
     let answers = [file.set(3..5, true), file.set(40..41, false)];
     drop(failures);
     let none = |page| {

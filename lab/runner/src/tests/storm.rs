@@ -17,7 +17,7 @@ use crate::tap::Tap;
 use crate::vm::{Scenario, Vm};
 
 /// What firmware and the guest's image have in the shared view.
-pub(super) const FIXED: u64 = 3 << 20;
+pub(super) const FIXED: u64 = 4 << 20;
 
 /// What a CPU of the conformance guest uses, below 4 GiB and above.
 pub(super) const SLICES: u64 = 2 * (6 << 20);
