@@ -93,7 +93,11 @@ const STEPS: &[TestStep] = &[
         "each file has the licence of its place",
         licences_step,
     ),
-    step("clippy", "no warnings in any package", steps::clippy),
+    step(
+        "clippy",
+        "no warnings in any package, nor in the library's documentation",
+        steps::clippy,
+    ),
     step(
         "unit",
         "unit and property tests of all packages",

@@ -125,7 +125,23 @@ pub(crate) fn clippy(bench: &Bench, step: &Step) -> Result<Tally> {
         "warnings",
     ];
     simple(bench, step, "clippy", &args)?;
+    let library = ["--package", "guestmemfd"];
+    let plain = ["clippy", "--no-default-features", "--lib"];
+    let deny = ["--", "--deny", "warnings"];
+    let args = [&plain[..], &library, &deny].concat();
+    simple(bench, step, "clippy-no-features", &args)?;
+    documentation(bench, step)?;
     arm64(bench, step)
+}
+
+/// The library's documentation has no link that leads nowhere.
+fn documentation(bench: &Bench, step: &Step) -> Result<()> {
+    step.say("running rustdoc");
+    let mut command = cargo(bench.ctx);
+    command.args(["doc", "--package", "guestmemfd", "--no-deps"]);
+    command.env("RUSTDOCFLAGS", "--deny warnings");
+    let job = Job::new("cargo doc", command);
+    job.log(&bench.ctx.log("doc")).limit(TEST_LIMIT).run()
 }
 
 /// The library must compile for arm64, which is checked where the target is installed.
