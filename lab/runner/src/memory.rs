@@ -150,11 +150,15 @@ fn guest_memfd_bytes(pid: u32, fd: i32) -> Result<Option<u64>> {
 
 /// Bytes that the kernel has allocated for a part of the first guest_memfd of a process.
 pub(crate) fn guest_memfd_part(pid: u32, offset: u64, length: u64) -> Result<u64> {
+    cached_bytes_of(guest_memfd(pid)?.as_fd(), offset, length).context("cachestat")
+}
+
+/// The first guest_memfd of a process.
+pub(crate) fn guest_memfd(pid: u32) -> Result<OwnedFd> {
     for fd in open_fds(pid)? {
         let target = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
         if kind_of(&target.to_string_lossy()) == Some(Kind::GuestMemfd) {
-            let file = fetch_fd(pid, fd)?;
-            return cached_bytes_of(file.as_fd(), offset, length).context("cachestat");
+            return fetch_fd(pid, fd);
         }
     }
     bail!("process {pid} has no guest_memfd")

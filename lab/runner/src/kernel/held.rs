@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Pages that somebody keeps do not become private, and nothing changes then.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{mem, thread};
 
@@ -12,7 +13,7 @@ use rustix::pipe::{IoSliceRaw, SpliceFlags, vmsplice};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::Test;
-use super::memory::{File, Refused};
+use super::memory::{File, Map, Refused};
 use super::uapi::{self, PAGE, SW_PROTECTED};
 use crate::failslab::Failures;
 
@@ -57,11 +58,7 @@ fn refused_at(file: &File, page: u64) -> Result<()> {
 /// A reference.
 fn pipe() -> Result<()> {
     let (_vm, file) = new_file()?;
-    let (from, to) = rustix::pipe::pipe()?;
-    let page = IoSliceRaw::from_slice(page_bytes(&file, 5));
-    // SAFETY: the page is ours, and nobody writes to it until it is read from the pipe.
-    let sent = unsafe { vmsplice(&to, &[page], SpliceFlags::empty()) };
-    ensure!(sent == Ok(4096), "vmsplice: {sent:?}");
+    let (from, _to) = hold(&file.map, 5)?;
     refused_at(&file, 5)?;
     // Its neighbours do not care.
     file.convert(6..16, true)?;
@@ -74,9 +71,17 @@ fn pipe() -> Result<()> {
     file.expect(5, true)
 }
 
-fn page_bytes(file: &File, page: u64) -> &[u8] {
-    // SAFETY: a page of a mapping that lives as long as the file; it is not written meanwhile.
-    unsafe { std::slice::from_raw_parts(file.map.page(page).cast(), 4096) }
+/// Holds a page that is mapped until what it holds is read from the pipe, or the pipe is gone. The
+/// ends to read from and to write to.
+pub(crate) fn hold(map: &Map, page: u64) -> Result<(OwnedFd, OwnedFd)> {
+    let (from, to) = rustix::pipe::pipe()?;
+    // SAFETY: a page of a mapping that is still there when the call is over.
+    let bytes = unsafe { std::slice::from_raw_parts(map.page(page).cast::<u8>(), 4096) };
+    let page = IoSliceRaw::from_slice(bytes);
+    // SAFETY: whoever writes to the page changes what is read from the pipe, which harms nobody.
+    let sent = unsafe { vmsplice(&to, &[page], SpliceFlags::empty()) };
+    ensure!(sent == Ok(4096), "vmsplice: {sent:?}");
+    Ok((from, to))
 }
 
 /// A pin.

@@ -17,7 +17,7 @@ use super::uapi::{self, Attributes2, INIT_SHARED, MMAP, PAGE, PRIVATE};
 
 /// Memory that is mapped as long as this lives.
 #[derive(Debug)]
-pub(super) struct Map {
+pub(crate) struct Map {
     start: *mut u8,
     size: usize,
 }
@@ -29,7 +29,7 @@ unsafe impl Sync for Map {}
 
 impl Map {
     /// A file from its beginning.
-    pub(super) fn file(file: impl AsFd, size: u64) -> Result<Self, Errno> {
+    pub(crate) fn file(file: impl AsFd, size: u64) -> Result<Self, Errno> {
         let bytes = usize::try_from(size).map_err(|_| Errno::NOMEM)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -59,7 +59,7 @@ impl Map {
     }
 
     /// Where a page begins.
-    pub(super) fn page(&self, page: u64) -> *mut c_void {
+    pub(crate) fn page(&self, page: u64) -> *mut c_void {
         let offset = usize::try_from(page * PAGE).unwrap_or(usize::MAX);
         assert!(offset < self.size, "page {page} is not in the mapping");
         // SAFETY: it is within the mapping.
@@ -73,7 +73,7 @@ impl Map {
     }
 
     /// Writes it.
-    pub(super) fn write(&self, page: u64, value: u32) {
+    pub(crate) fn write(&self, page: u64, value: u32) {
         // SAFETY: it is mapped and aligned.
         unsafe { self.page(page).cast::<u32>().write_volatile(value) }
     }

@@ -3,8 +3,8 @@
 //! a parameter of the kernel, and what is tested depends on it.
 
 mod answers;
-mod held;
-mod memory;
+pub(crate) mod held;
+pub(crate) mod memory;
 mod ranges;
 mod selftests;
 mod slots;

@@ -14,15 +14,21 @@ use super::{Context, GUEST_LIMIT, SIZE, Test, guests};
 use crate::cgroup::Group;
 use crate::guest;
 use crate::intrusion;
+use crate::kernel::held::hold;
+use crate::kernel::memory::Map;
 use crate::memory::{self, Kind};
 use crate::probe::Need;
 use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query::{self, State};
+use crate::tap::Tap;
 use crate::vm::{Scenario, Vm};
 
 /// What QEMU needs besides the guest's memory, beyond what it has when the guest begins: 0.5 % of
 /// memory, and a megabyte.
 const BEYOND: u64 = SIZE.0 / 200 + (1 << 20);
+
+/// Where a page is held: in memory that the guest's sweep converts.
+const HELD_BEFORE_END: u64 = 16 << 20;
 
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::InPlace];
@@ -34,6 +40,7 @@ pub(super) fn tests() -> Vec<Test> {
         test("policy", &[Need::InPlace, Need::NumaPolicy], policy),
         test("prealloc", &[Need::InPlace, Need::PageCounts], prealloc),
         test("peak-memory", root, peak_memory),
+        test("held-page", root, held_page),
         test("clock", private, clock),
         test("other-process", root, other_process),
         test("stray-access", root, stray_access),
@@ -123,6 +130,41 @@ fn peak_memory(context: &Context) -> Result<()> {
         "{before} bytes when the guest began, {peak} at most"
     );
     guest::finish(&mut qemu)?;
+    Ok(())
+}
+
+/// A page that another process has in use for longer than the guest's request waits. The guest gets
+/// an error number and goes on; later the request is granted.
+fn held_page(context: &Context) -> Result<()> {
+    let vm = vm(context, Scenario::Sweep).with_backend_properties("convert-timeout=200");
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    guest::wait_line(&qemu, "# sweep: begins", GUEST_LIMIT)?;
+    qemu.qmp.run("stop", json!({}))?;
+    let page = (SIZE.0 - HELD_BEFORE_END) / 4096;
+    let map = Map::file(&memory::guest_memfd(qemu.pid())?, SIZE.0)?;
+    map.write(page, 1);
+    let pipe = hold(&map, page)?;
+    qemu.qmp.run("cont", json!({}))?;
+
+    let failed = ["GUESTMEMFD_CONVERSION_FAILED"];
+    let data = qemu.qmp.wait_event(&failed, GUEST_LIMIT)?.data;
+    let error = data["error"].as_str().unwrap_or_default();
+    ensure!(
+        data["to"] == "private" && error.contains(&format!("{:#x}", page * 4096)),
+        "the event is {data}"
+    );
+    let mut tap = Tap::default();
+    tap.line(&guest::wait_line(&qemu, "# sweep: granted", GUEST_LIMIT)?);
+    ensure!(
+        tap.note("denied") == Some(1),
+        "{:?} requests were denied",
+        tap.note("denied")
+    );
+    drop((pipe, map));
+    qemu.qmp.wait_event(&["SHUTDOWN"], GUEST_LIMIT)?;
+    guests::settled(&query::backend(&mut qemu.qmp)?)?;
+    guest::finish(&mut qemu)?.verdict()?;
     Ok(())
 }
 
