@@ -10,8 +10,9 @@ class ConformanceTest(ConfidentialTest):
     def boot(self, discard, smp, lazy):
         scenario = self.params.get("scenario", default="flip")
         self.start_conformance(
-            append=f"scenario={scenario} discard={discard}",
-            backend=f",discard={discard},lazy-attributes={lazy}",
+            append=f"scenario={scenario}",
+            backend=self.choose_properties(discard, lazy),
+            keeps=discard == "keep",
             smp=smp,
         )
         self.check_properties(discard, lazy)
@@ -25,6 +26,9 @@ class Conformance(ConformanceTest):
 
     def test_now_1_cpu(self):
         self.boot("now", 1, "off")
+
+    def test_now_4_cpus(self):
+        self.boot("now", 4, "off")
 
     def test_now_4_cpus_lazy(self):
         self.boot("now", 4, "on")
@@ -42,9 +46,6 @@ class ConformanceMore(ConformanceTest):
 
     def test_now_1_cpu_lazy(self):
         self.boot("now", 1, "on")
-
-    def test_now_4_cpus(self):
-        self.boot("now", 4, "off")
 
     def test_keep_1_cpu(self):
         self.boot("keep", 1, "off")

@@ -31,7 +31,7 @@ class LinuxTest(ConfidentialTest):
             "-kernel", kernel, "-append", append,
             "-drive", f"if=none,id=root,format=raw,snapshot=on,file={disk}",
             "-device", f"virtio-blk-pci,drive=root,{VIRTIO}",
-            backend=f",discard={discard},lazy-attributes={lazy}", smp=smp, size=512 * MIB,
+            backend=self.choose_properties(discard, lazy), smp=smp, size=512 * MIB,
         )
         self.check_properties(discard, lazy)
         # It may reboot once, and SeaBIOS resets the machine afterwards.

@@ -68,35 +68,58 @@ impl TestResult {
     }
 }
 
-/// Confidential guests.
+/// Confidential guests: on this machine as its kernel converts memory, or in level 1 in place and in
+/// two files.
 pub(super) fn confidential(bench: &Bench, step: &Step) -> Result<Tally> {
     let parts = bench.parts(step)?;
-    run(
-        bench,
-        step,
-        &CONFIDENTIAL,
-        |folder, tap| match boot::own_kvm_serves(&parts.runner) {
-            true => on_this_machine(bench, step, &parts, folder, tap),
-            false => in_level_1(bench, step, &CONFIDENTIAL, parts, folder, tap),
-        },
-    )
+    if boot::own_kvm_serves(&parts.runner) {
+        return run(bench, step, CONFIDENTIAL.name, |folder, tap| {
+            on_this_machine(bench, step, &parts, folder, tap)
+        });
+    }
+    let mut tally = Tally::default();
+    for (name, in_place) in [("avocado", true), ("avocado-two-files", false)] {
+        let parts = bench.parts(step)?;
+        tally.add(run(bench, step, name, |folder, tap| {
+            let level_1 = Level1 {
+                suite: &CONFIDENTIAL,
+                name,
+                in_place,
+            };
+            in_level_1(bench, step, &level_1, parts, folder, tap)
+        })?);
+    }
+    Ok(tally)
 }
 
 /// libvirt's domains: in level 1, as they change the system that they run on.
 pub(super) fn libvirt(bench: &Bench, step: &Step) -> Result<Tally> {
     let parts = bench.parts(step)?;
-    run(bench, step, &LIBVIRT, |folder, tap| {
-        in_level_1(bench, step, &LIBVIRT, parts, folder, tap)
+    let level_1 = Level1 {
+        suite: &LIBVIRT,
+        name: LIBVIRT.name,
+        in_place: bench.ctx.in_place,
+    };
+    run(bench, step, level_1.name, |folder, tap| {
+        in_level_1(bench, step, &level_1, parts, folder, tap)
     })
+}
+
+/// A suite in level 1.
+struct Level1 {
+    suite: &'static Suite,
+    /// Of its results and its log.
+    name: &'static str,
+    in_place: bool,
 }
 
 fn run(
     bench: &Bench,
     step: &Step,
-    suite: &Suite,
+    name: &str,
     avocado: impl FnOnce(&Path, &mut Tap) -> Result<(bool, String)>,
 ) -> Result<Tally> {
-    let folder = bench.ctx.scratch().join(suite.name);
+    let folder = bench.ctx.scratch().join(name);
     cache::remove(&folder)?;
     fs::create_dir_all(&folder)?;
     let mut tap = Tap::default();
@@ -161,12 +184,12 @@ fn on_this_machine(
 fn in_level_1(
     bench: &Bench,
     step: &Step,
-    suite: &Suite,
+    level_1: &Level1,
     parts: Parts,
     folder: &Path,
     tap: &mut Tap,
 ) -> Result<(bool, String)> {
-    let ctx = bench.ctx;
+    let (ctx, suite) = (bench.ctx, level_1.suite);
     let packages = python::packages(ctx, step, AVOCADO)?;
     let disks = vec![DEBIAN.disk(ctx, step)?, GUEST.disk(ctx, step)?];
     let lab = Lab::complete(ctx, step, parts)?;
@@ -182,14 +205,15 @@ fn in_level_1(
     let tests = format!("/host/{}", suite.folder);
     let words = words(bench.full, &tests, parameters, "/host");
     let task = Task {
-        name: format!("{} in the lab", suite.name),
+        name: format!("{} in the lab", level_1.name),
         script: script(suite, &words),
         share: Some(folder.to_owned()),
         memory: memory_for(0),
         limit: Some(LIMIT),
         disks,
         programs: vec![packages, lab.kernel.image.clone()],
-        log: Some(suite.name.to_owned()),
+        log: Some(level_1.name.to_owned()),
+        in_place: Some(level_1.in_place),
         ..Task::default()
     };
     step.say("running");

@@ -177,7 +177,7 @@ const STEPS: &[TestStep] = &[
     .named(),
     step(
         "avocado",
-        "tests with Avocado, in the lab if this machine's KVM does not serve",
+        "tests with Avocado, in the lab with one file and with two if this machine's KVM does not serve",
         avocado_step,
     ),
     step("libvirt", "libvirt's domains in the lab", libvirt_step),
