@@ -12,8 +12,7 @@ use guestmemfd::BackendStats;
 use guestmemfd::listener::Level;
 use guestmemfd::owner::KvmOwner;
 use guestmemfd::{
-    Backend, BackendConfig, Binding, GuestPages, Lazy, Listener, Mode, PAGE_SIZE, PageState, View,
-    Vm,
+    Backend, BackendConfig, Binding, GuestPages, Lazy, Listener, PAGE_SIZE, PageState, View, Vm,
 };
 use kvm_bindings::{KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region2};
 use kvm_ioctls::{Kvm, VmFd};
@@ -58,7 +57,7 @@ pub(crate) struct Memory {
     /// Converts pages, and reads and writes those that the host may use.
     pub(crate) vm: Vm,
     backend: Arc<Backend>,
-    /// The shared view, which KVM needs at an address of this process.
+    /// What the host maps, which KVM needs at an address of this process.
     mapping: GuestMemoryMmap,
     ram: Vec<Ram>,
 }
@@ -72,7 +71,7 @@ impl Memory {
             [kvm.as_raw_fd(), kvm_vm.as_raw_fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
         let vm = Vm::new(Arc::new(KvmOwner::new(kvm_fd, vm_fd)?), Box::new(User));
         let mut config = BackendConfig::new("ram", ram.iter().map(|ram| ram.size).sum());
-        config.mode = Some(Mode::Private);
+        config.confidential = true;
         // The guest counts what it causes, page by page.
         config.lazy = Lazy::Off;
         let backend = vm.create_backend(config)?;
@@ -94,7 +93,10 @@ impl Memory {
             for gpa in [Some(ram.gpa), alias].into_iter().flatten() {
                 let guest = GuestPages::from_bytes(gpa, ram.size)?;
                 // The library says whether the slot is to carry the guest_memfd: the first does.
-                let wanted = Binding::Bound;
+                let wanted = match Some(gpa) == alias {
+                    true => Binding::SharedAlias,
+                    false => Binding::Bound,
+                };
                 let binding = self
                     .vm
                     .add_window(&self.backend, guest, ram.offset, wanted)?;

@@ -15,6 +15,7 @@ use guestmemfd::Mode;
 
 /// The modes, and whether slots carry the file of mapped memory.
 const PRIVATE: (Mode, bool) = (Mode::Private, false);
+const IN_PLACE: (Mode, bool) = (Mode::InPlace, false);
 const MAPPED: (Mode, bool) = (Mode::Mapped, false);
 #[cfg(target_arch = "x86_64")]
 const MAPPED_BOUND: (Mode, bool) = (Mode::Mapped, true);
@@ -25,6 +26,11 @@ fn software_owner_private_memory() {
 }
 
 #[test]
+fn software_owner_memory_in_place() {
+    suite::guest_and_host_match_a_plain_model(256, || software::machine(IN_PLACE));
+}
+
+#[test]
 fn software_owner_mapped_memory() {
     suite::guest_and_host_match_a_plain_model(64, || software::machine(MAPPED));
 }
@@ -32,16 +38,17 @@ fn software_owner_mapped_memory() {
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn kvm_private_memory() {
-    if kvm::can(PRIVATE) {
-        suite::guest_and_host_match_a_plain_model(16, || kvm::machine(PRIVATE).unwrap());
+    // A kernel has the one or the other.
+    for mode in kvm::possible(&[PRIVATE, IN_PLACE]) {
+        suite::guest_and_host_match_a_plain_model(16, || kvm::machine(mode).unwrap());
     }
 }
 
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn kvm_mapped_memory() {
-    for mode in [MAPPED, MAPPED_BOUND] {
-        if kvm::can(mode) {
+    for wanted in [MAPPED, MAPPED_BOUND] {
+        for mode in kvm::possible(&[wanted]) {
             suite::guest_and_host_match_a_plain_model(8, || kvm::machine(mode).unwrap());
         }
     }

@@ -15,7 +15,10 @@ struct SoftwareGuest {
 }
 
 pub(crate) fn machine(mode: (Mode, bool)) -> Machine {
-    let owner = Arc::new(SoftwareOwner::default());
+    let owner = Arc::new(match mode.0 {
+        Mode::InPlace => SoftwareOwner::in_place(),
+        _ => SoftwareOwner::default(),
+    });
     let (vm, backend, _) = vm(owner.clone(), mode).unwrap();
     let guest = Box::new(SoftwareGuest {
         owner,
@@ -41,13 +44,14 @@ impl Guest for SoftwareGuest {
         let (view, offset) = self.place(gpa);
         let mut byte = [0];
         let views = self.backend.views();
-        views.file(view).read_at(offset, &mut byte).unwrap();
+        // The guest may what the host may not.
+        rustix::io::pread(views.file(view).fd(), &mut byte, offset).unwrap();
         byte[0]
     }
 
     fn write(&mut self, _: &Vm, gpa: u64, byte: u8) {
         let (view, offset) = self.place(gpa);
         let views = self.backend.views();
-        views.file(view).write_at(offset, &[byte]).unwrap();
+        rustix::io::pwrite(views.file(view).fd(), &[byte], offset).unwrap();
     }
 }

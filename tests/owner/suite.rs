@@ -52,12 +52,11 @@ impl Model {
         &mut self.0[page as usize]
     }
 
-    fn set_private(&mut self, pages: FilePages, private: bool) {
-        for page in pages.start()..pages.end() {
-            // What it held stays in the view that it leaves, and goes with it.
-            if self.page(page).1 != private {
-                *self.page(page) = (0, private);
-            }
+    /// With two files, what a page held stays in the view that it leaves, and goes with it.
+    fn set_private(&mut self, page: u64, private: bool, keeps: bool) {
+        let page = self.page(page);
+        if page.1 != private {
+            *page = (if keeps { page.0 } else { 0 }, private);
         }
     }
 
@@ -104,13 +103,19 @@ fn take(machine: &mut Machine, model: &mut Model, step: Step) -> Check {
         }
         Step::Convert(pages, to) => {
             let private = to == View::Private;
-            let never = machine.backend.mode() == Mode::Mapped && private;
+            let mode = machine.backend.mode();
             for page in pages.start()..pages.end() {
+                let never = match mode {
+                    Mode::Mapped => private,
+                    // A guest that touched it in its other window would stop the VM.
+                    Mode::InPlace => private && places(page).count() > 1,
+                    _ => false,
+                };
                 let guest = GuestPages::from_bytes(first_place(page), PAGE_SIZE).unwrap();
                 prop_assert_eq!(vm.convert(guest, to).is_err(), never);
-            }
-            if !never {
-                model.set_private(pages, private);
+                if !never {
+                    model.set_private(page, private, mode == Mode::InPlace);
+                }
             }
         }
         Step::Discard(pages) => {

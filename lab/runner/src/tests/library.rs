@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{Context, GUEST_LIMIT, Test, guests};
 use crate::guest::CONTENT;
-use crate::probe::Need;
+use crate::probe::{self, Need};
 use crate::tap::Tap;
 use crate::vm::{SHARED_BIT, Scenario};
 
@@ -78,6 +78,9 @@ fn example(context: &Context, vmm: &Path, scenario: Scenario) -> Result<()> {
     if scenario.needs().contains(&Need::StrictMode) {
         command.args(["--shared-bit", &SHARED_BIT.to_string()]);
         append += &format!(" shared-bit={SHARED_BIT}");
+    }
+    if probe::in_place() {
+        append += " contents=kept";
     }
     command.args(["--append", &append]);
     let ended = run(command, &context.log)?;
