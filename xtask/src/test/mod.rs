@@ -5,6 +5,7 @@ mod avocado;
 mod crates;
 mod licences;
 mod msrv;
+mod own;
 mod patches;
 mod report;
 mod steps;
@@ -153,6 +154,11 @@ const STEPS: &[TestStep] = &[
     )
     .named(),
     step(
+        "qemu-tests",
+        "QEMU's tests that the patches add or change",
+        own::ours,
+    ),
+    step(
         "patches",
         "each patch is listed, applies, and passes checkpatch",
         patches_step,
@@ -193,11 +199,17 @@ const STEPS: &[TestStep] = &[
     )
     .long(),
     step("series", "QEMU compiles after each patch", series_step).long(),
-    step("qtest", "QEMU's own tests, with the library", steps::qtest).long(),
+    step("qtest", "QEMU's own tests, with the library", own::with).long(),
     step(
         "without",
         "QEMU's own tests, built without the library",
-        steps::without,
+        own::without,
+    )
+    .long(),
+    step(
+        "fixes",
+        "QEMU's own tests, with the first folder of patches alone",
+        own::fixes,
     )
     .long(),
 ];

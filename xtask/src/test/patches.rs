@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::cache::{self, Key, file_name};
 use crate::context::Context;
@@ -78,6 +78,22 @@ pub(crate) fn compile_topics(ctx: &Context, step: &Step) -> Result<Tally> {
 }
 
 /// The steps from the release to the tree with all patches.
+/// A patch of the QAPI schema touches a thousand files, most of which stay as they were.
+const CCACHE: &str = "--cc=ccache gcc";
+
+/// Builds QEMU with the first folder of patches alone. Its source stays as it is as long as the lock
+/// is held.
+pub(super) fn build_first_topic(ctx: &Context, step: &Step) -> Result<(PathBuf, cache::Lock)> {
+    let series = Series::new(ctx, step)?;
+    let topics = qemu_series::topics(&qemu_series::folder(ctx))?;
+    let first = topics.first().context("there are no patches")?;
+    let tree = series.check_out(first.patches.len())?;
+    let build = tree.folder.join("first");
+    qemu::compile(ctx, step, &tree, &build, false, &[CCACHE])?;
+    Ok((build, series.lock))
+}
+
+/// The series as trees of git.
 struct Series<'a> {
     ctx: &'a Context,
     step: &'a Step,
@@ -86,7 +102,7 @@ struct Series<'a> {
     trees: Vec<String>,
     library: Library,
     /// Builds are made in folders of their own, so that other runs need not wait.
-    _lock: cache::Lock,
+    lock: cache::Lock,
 }
 
 impl<'a> Series<'a> {
@@ -104,7 +120,7 @@ impl<'a> Series<'a> {
             source,
             trees,
             library,
-            _lock: cache::lock(&ctx.cache, "qemu-steps", step)?,
+            lock: cache::lock(&ctx.cache, "qemu-steps", step)?,
         })
     }
 
@@ -153,10 +169,8 @@ impl<'a> Series<'a> {
             return Ok(());
         }
         qemu::install_library(&tree, &self.library)?;
-        // A patch of the QAPI schema touches a thousand files, most of which stay as they were.
-        let ccache = ["--cc=ccache gcc"];
         let build = tree.folder.join(build);
-        qemu::compile(self.ctx, self.step, &tree, &build, library, &ccache)?;
+        qemu::compile(self.ctx, self.step, &tree, &build, library, &[CCACHE])?;
         fs::write(stamp, "")?;
         Ok(())
     }
