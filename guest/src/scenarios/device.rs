@@ -153,6 +153,8 @@ fn buffer_in_use(tester: &mut Tester<'_>) -> Check {
         buffer(gpa, PAGE_SIZE as u32, false),
         buffer(status.as_mut_ptr() as u64, 8, true),
     ];
+    // A stream that the card has: other buffers it gives back at once.
+    tester.memory.write(SHARED, Shared, 0, 0);
     // SAFETY: the page is test memory; the device lets go of the status when it is reset.
     unsafe { queue.give(&buffers) };
     convert(tester, gpa, Private, EBUSY)?;

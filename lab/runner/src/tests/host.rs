@@ -27,7 +27,10 @@ const LENGTH: u64 = 64;
 
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory];
-    let mut tests = vec![Test::new("host/access", private, access)];
+    let mut tests = vec![
+        Test::new("host/access", private, access),
+        Test::new("host/upstream-access", &[Need::TwoFiles], upstream_access),
+    ];
     for (name, machine) in [("same", ""), ("new", ",x-change-vmfd-on-reset=on")] {
         let name = format!("host/reset-while-waiting-{name}-vm-file");
         tests.push(Test::new(name, private, move |context| {
@@ -55,7 +58,7 @@ fn access(context: &Context) -> Result<()> {
     );
     let mut qemu = context.start(&vm)?;
     qemu.qmp.run("cont", json!({}))?;
-    let line = guest::wait_line(&qemu, "# device:", GUEST_LIMIT)?;
+    let line = guest::wait_line(&qemu, "# device: private", GUEST_LIMIT)?;
     events(&mut qemu)?;
     qemu.qmp.run("stop", json!({}))?;
     qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
@@ -102,6 +105,39 @@ fn access(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// The same on QEMU's own path, whose memory is an ordinary backend.
+fn upstream_access(context: &Context) -> Result<()> {
+    let dir = TempDir::new()?;
+    let gdb = dir.path().join("gdb");
+    let vm = device_vm(context, &dir, "")?
+        .with_backend(&format!("memory-backend-memfd,id=ram0,size={}", SIZE.0))
+        .with_arguments(&format!(
+            "-chardev socket,id=gdb,path={},server=on,wait=off -gdb chardev:gdb",
+            gdb.display()
+        ));
+    let mut qemu = context.start(&vm)?;
+    qemu.qmp.run("cont", json!({}))?;
+    let line = guest::wait_line(&qemu, "# device: private", GUEST_LIMIT)?;
+    qemu.qmp.run("stop", json!({}))?;
+    qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
+
+    let pages = Pages {
+        private: guest::address(&line, "private")?,
+        shared: guest::address(&line, "shared")?,
+        pattern: crate::vm::host_pattern().into_bytes(),
+    };
+    monitor(&mut qemu, &pages).context("the monitor")?;
+    save(&mut qemu, dir.path(), &pages).context("memory in files")?;
+    debugger(&gdb, &pages).context("the gdbstub")?;
+    dirty_rate(&mut qemu).context("calc-dirty-rate")?;
+    dump(&mut qemu, dir.path(), &pages).context("dump-guest-memory")?;
+
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let tap = guest::finish(&mut qemu)?;
+    ensure!(tap.verdict()? >= 8, "the guest has left something out");
+    Ok(())
+}
+
 /// What went wrong so far has been told: devices were refused, and a buffer in use did not become
 /// private.
 fn events(qemu: &mut Qemu) -> Result<()> {
@@ -129,7 +165,7 @@ fn device_vm(context: &Context, dir: &TempDir, properties: &str) -> Result<Vm> {
     fs::write(&image, mapped_devices::disk_content())?;
     let vm = Vm::conformance(&context.files, Scenario::Device, false, SIZE, 1);
     let disk = mapped_devices::virtio_blk(&image);
-    let sound = "-audiodev none,id=none -device virtio-sound-pci,audiodev=none";
+    let sound = "-audiodev none,id=none -device virtio-sound-pci,audiodev=none,ioeventfd=off";
     let vm = guests::with_properties(vm, properties);
     Ok(vm.with_arguments(&disk).with_arguments(sound))
 }
