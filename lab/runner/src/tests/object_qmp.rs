@@ -16,7 +16,7 @@ use crate::query;
 use crate::vm::{BACKEND, Vm};
 
 /// Times that objects are made in a loop: blocks of rounds.
-const BLOCKS: usize = 4;
+const BLOCKS: usize = 5;
 const ROUNDS: usize = 100;
 
 /// How long nothing is freed before all is: QEMU collects for a while what RCU is to free.
@@ -62,12 +62,13 @@ pub(super) fn tests() -> Vec<Test> {
 }
 
 /// Properties that must be refused, with a word that the message must contain.
-fn bad_objects() -> [(Value, &'static str); 11] {
+fn bad_objects() -> [(Value, &'static str); 12] {
     [
         (json!({"size": 0}), "size"),
         (json!({}), "size"),
         (json!({"size": 1_000_000}), "multiple"),
         (json!({"size": 1_u64 << 60}), "large"),
+        (json!({"size": 1_u64 << 63}), "large"),
         (json!({"size": 1 << 20, "share": false}), "share"),
         (json!({"size": 1 << 20, "mode": "sideways"}), "sideways"),
         (
@@ -116,9 +117,14 @@ fn refusals(context: &Context) -> Result<()> {
         "a refused object is still listed"
     );
     // The id is free again.
-    if let Some(why) = add(&mut qemu, &json!({"size": 1 << 20}))? {
+    let good = json!({"size": 1 << 20});
+    if let Some(why) = add(&mut qemu, &good)? {
         bail!("a good object was refused after bad ones: {why}");
     }
+    let why = add(&mut qemu, &good)?.context("there are two objects of one id")?;
+    ensure!(why.contains("extra"), "the second is refused with {why:?}");
+    let backends = query::backends(&mut qemu.qmp)?;
+    ensure!(backends.len() == 2, "with the second refused: {backends:?}");
     delete(&mut qemu)
 }
 
@@ -126,7 +132,7 @@ fn add_and_delete(context: &Context) -> Result<()> {
     let mut qemu = context.start(&Vm::protected(SIZE))?;
     let bad = bad_objects();
     leaks_nothing(&mut qemu, |qemu, round| {
-        if let Some(why) = add(qemu, &json!({"size": 16 << 20}))? {
+        if let Some(why) = add(qemu, &json!({"size": 2_u64 << 30}))? {
             bail!("object-add was refused in round {round}: {why}");
         }
         delete(qemu)?;
@@ -279,20 +285,40 @@ fn out_of_descriptors(context: &Context) -> Result<()> {
 fn property_after_creation(context: &Context) -> Result<()> {
     let mut qemu = context.start(&Vm::protected(SIZE))?;
     let before = query::backend(&mut qemu.qmp)?;
-    let changes = [
-        ("size", json!(1 << 20)),
-        ("share", json!(false)),
-        ("mode", json!("mapped")),
-        ("discard", json!("keep")),
-    ];
-    for (property, value) in changes {
-        let arguments = json!({"path": "/objects/ram0", "property": property, "value": value});
-        let answer = qemu.qmp.raw("qom-set", arguments)?;
-        ensure!(
-            answer.is_err(),
-            "qom-set of {property} to {value} was accepted"
-        );
+    let path = "/objects/ram0";
+    let properties = qemu.qmp.run("qom-list", json!({"path": path}))?;
+    let properties = properties.as_array().context("qom-list")?.clone();
+    let mut accepted = Vec::new();
+    for property in &properties {
+        let (name, kind) = (&property["name"], property["type"].as_str());
+        let value = match kind.unwrap_or_default() {
+            "bool" => {
+                let get = json!({"path": path, "property": name});
+                json!(qemu.qmp.run("qom-get", get)? == false)
+            }
+            "string" => json!("other"),
+            "int" | "size" | "uint32" | "uint64" | "uint16List" => json!(7),
+            "MemoryBackendGuestmemfdMode" => json!("mapped"),
+            "MemoryBackendGuestmemfdDiscard" => json!("keep"),
+            // What others write, or a link.
+            _ => json!("off"),
+        };
+        let arguments = json!({"path": path, "property": name, "value": value});
+        if qemu.qmp.raw("qom-set", arguments)?.is_ok() {
+            accepted.push(name.as_str().unwrap_or_default());
+        }
+        qemu.alive()?;
     }
+    println!(
+        "# of {} properties {accepted:?} can be changed",
+        properties.len()
+    );
+    let may_change = ["merge", "dump", "prealloc", "prealloc-threads"];
+    ensure!(
+        properties.len() > 15 && accepted.iter().all(|name| may_change.contains(name)),
+        "of {} properties {accepted:?} have been changed",
+        properties.len()
+    );
     let after = query::backend(&mut qemu.qmp)?;
     ensure!(
         before == after,
