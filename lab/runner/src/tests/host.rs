@@ -29,6 +29,10 @@ pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory];
     let mut tests = vec![
         Test::new("host/access", private, access),
+        Test::new("host/migration", private, |context| {
+            let dir = TempDir::new()?;
+            migration(&mut *context.start(&Vm::protected(SIZE))?, dir.path())
+        }),
         Test::new("host/upstream-access", &[Need::TwoFiles], upstream_access),
     ];
     for (name, machine) in [("same", ""), ("new", ",x-change-vmfd-on-reset=on")] {
@@ -72,7 +76,6 @@ fn access(context: &Context) -> Result<()> {
     monitor(&mut qemu, &pages).context("the monitor")?;
     save(&mut qemu, dir.path(), &pages).context("memory in files")?;
     debugger(&gdb, &pages).context("the gdbstub")?;
-    migration(&mut qemu, dir.path()).context("migration")?;
     dirty_rate(&mut qemu).context("calc-dirty-rate")?;
     let after = query::backend(&mut qemu.qmp)?;
     ensure!(before == after, "the host changed {before:?} to {after:?}");

@@ -313,7 +313,13 @@ fn property_after_creation(context: &Context) -> Result<()> {
         "# of {} properties {accepted:?} can be changed",
         properties.len()
     );
-    let may_change = ["merge", "dump", "prealloc", "prealloc-threads"];
+    let may_change = [
+        "merge",
+        "dump",
+        "prealloc",
+        "prealloc-threads",
+        "x-use-canonical-path-for-ramblock-id",
+    ];
     ensure!(
         properties.len() > 15 && accepted.iter().all(|name| may_change.contains(name)),
         "of {} properties {accepted:?} have been changed",
