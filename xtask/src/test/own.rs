@@ -18,8 +18,9 @@ use super::steps::{Bench, meson_test_expecting};
 const IPXE: &str = "/usr/lib/ipxe/qemu";
 
 /// Tests that the patches add, or change.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "test-ram-discard-manager",
+    "test-ram-block-attributes",
     "qtest-x86_64/guestmemfd-test",
     "qtest-x86_64/guestmemfd-disk-test",
     "qtest-x86_64/guestmemfd-device-test",
