@@ -61,11 +61,19 @@ pub(super) fn reads(tester: &mut Tester<'_>) -> Check {
 
 /// Carries out one request of `DISK_PART` bytes.
 pub(super) fn transfer(tester: &mut Tester<'_>, kind: u32, sector: u64) -> Check {
+    answers(tester, kind, sector, GOOD)
+}
+
+/// The same with this answer of the disk.
+pub(super) fn answers(tester: &mut Tester<'_>, kind: u32, sector: u64, expected: u8) -> Check {
     let mut queue = Queue::open(Kind::Disk, 0, 0).map_err(Failure::Missing)?;
     let address = tester.memory.gpa(FIRST_PAGE);
     // SAFETY: the pages are test memory.
-    let done = unsafe { good_request(&mut queue, &Header::new(kind, sector), address, DISK_PART) };
-    done.map_err(Failure::Missing)
+    let status = unsafe { request(&mut queue, &Header::new(kind, sector), address, DISK_PART) };
+    match status.map_err(Failure::Missing)? {
+        status if status == expected => Ok(()),
+        _ => Err(Failure::Missing("the disk gives another answer")),
+    }
 }
 
 /// Reads the first bytes of the disk to an address.

@@ -8,9 +8,10 @@ use std::os::unix::process::ExitStatusExt;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
+use tempfile::TempDir;
 
 use super::query::read_map;
-use super::{Context, GUEST_LIMIT, SIZE, Test, guests};
+use super::{Context, GUEST_LIMIT, SIZE, Test, guests, mapped_devices};
 use crate::cgroup::Group;
 use crate::guest;
 use crate::intrusion;
@@ -42,6 +43,7 @@ pub(super) fn tests() -> Vec<Test> {
         test("peak-memory", root, peak_memory),
         test("held-page", root, held_page),
         test("clock", private, clock),
+        test("vhost-user", private, vhost_user),
         test("other-process", root, other_process),
         test("stray-access", root, stray_access),
         test("refused", private, refused),
@@ -174,6 +176,26 @@ fn clock(context: &Context) -> Result<()> {
     guest::run(&mut qemu, GUEST_LIMIT)?;
     guests::settled(&query::backend(&mut qemu.qmp)?)?;
     guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
+}
+
+/// A disk in qemu-storage-daemon uses pages that are shared; for private ones it gets an error, which
+/// it hands on.
+fn vhost_user(context: &Context) -> Result<()> {
+    let dir = TempDir::new()?;
+    let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
+    fs::write(&image, mapped_devices::disk_content())?;
+    let _daemon = mapped_devices::daemon(context, &image, &socket)?;
+    let vm = vm(context, Scenario::Vhost).with_arguments(&format!(
+        "-chardev socket,id=vub,path={} -device vhost-user-blk-pci,chardev=vub,iommu_platform=off",
+        socket.display()
+    ));
+    let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    guests::settled(&backend)?;
+    let tap = guest::finish(&mut qemu)?;
+    ensure!(tap.verdict()? == 4, "the guest has left something out");
     Ok(())
 }
 

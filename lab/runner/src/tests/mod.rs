@@ -204,6 +204,21 @@ pub(crate) fn run(options: &Options) -> bool {
     good
 }
 
+/// Tests of what does not depend on how memory is converted, or takes long: where it is converted in
+/// two files they run with `--full`, and otherwise in place alone.
+const IN_PLACE_IS_ENOUGH: [&str; 9] = [
+    "object/", "query/", "measure/", "large/", "top/", "hostile/", "linux/", "several/", "robust/",
+];
+
+/// Is it one of those, in the lab, which runs both ways?
+fn in_place_is_enough(test: &Test, machine: &Machine) -> bool {
+    let mut names = IN_PLACE_IS_ENOUGH.iter();
+    is_lab(machine)
+        && machine.lacks(Need::TwoFiles).is_none()
+        && !test.needs.contains(&Need::TwoFiles)
+        && names.any(|name| test.name.starts_with(name))
+}
+
 /// Only the lab's kernel has strict mode.
 fn is_lab(machine: &Machine) -> bool {
     machine.lacks(Need::StrictMode).is_none()
@@ -215,7 +230,8 @@ fn report(number: usize, test: &Test, machine: &Machine, options: &Options) -> b
         println!("ok {number} - {name} # SKIP {why}");
         return true;
     }
-    let full = test.full || test.full_in_lab && is_lab(machine);
+    let full =
+        test.full || test.full_in_lab && is_lab(machine) || in_place_is_enough(test, machine);
     if full && !options.full && options.filter.is_empty() {
         println!("ok {number} - {name} # SKIP only with --full");
         return true;
