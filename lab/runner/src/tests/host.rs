@@ -20,6 +20,7 @@ use crate::guest;
 use crate::probe::{self, Need};
 use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query;
+use crate::tap::Tap;
 use crate::vm::{Scenario, Vm};
 
 /// Bytes that are looked at.
@@ -62,7 +63,10 @@ fn access(context: &Context) -> Result<()> {
     );
     let mut qemu = context.start(&vm)?;
     qemu.qmp.run("cont", json!({}))?;
-    let line = guest::wait_line(&qemu, "# device: private", GUEST_LIMIT)?;
+    let mut tap = Tap::default();
+    let line = guest::wait_line_into(&qemu, &mut tap, "# device: private", GUEST_LIMIT)?;
+    let milliseconds = tap.note("ring-milliseconds");
+    let milliseconds = milliseconds.context("the guest does not say how long it waited")?;
     events(&mut qemu)?;
     qemu.qmp.run("stop", json!({}))?;
     qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
@@ -99,8 +103,6 @@ fn access(context: &Context) -> Result<()> {
     );
     let tap = guest::finish(&mut qemu)?;
     ensure!(tap.verdict()? >= 8, "the guest has left something out");
-    let milliseconds = tap.note("ring-milliseconds");
-    let milliseconds = milliseconds.context("the guest does not say how long it waited")?;
     ensure!(
         milliseconds <= 100,
         "it takes {milliseconds} ms to make the ring of a disk private"
