@@ -76,7 +76,7 @@ fn config(bytes: &mut Unstructured) -> Result<guestmemfd_backend_config> {
         false => bytes.arbitrary()?,
     };
     config.prefault = number(bytes, 2)?;
-    if config.start_private {
+    if config.start_private || config.mode == GUESTMEMFD_MODE_MAPPED {
         // Each page that does not start undecided costs a bit that is written.
         config.size %= 1 << 36;
     }
