@@ -110,7 +110,7 @@ class Domains(LibvirtTest):
 
     def test_private(self):
         (backend,) = self.live("private.xml")
-        self.check(backend["mode"] in ("private", "in-place"), f"the mode is {backend['mode']}")
+        self.check(backend["mode"] == "private", f"the mode is {backend['mode']}")
         self.check(backend["conversions-to-private"] > 0, f"nothing was converted: {backend}")
         status, text = self.run_virsh("save", self.domain, "/tmp/guestmemfd-saved")
         self.check(status != 0 and "cannot be migrated" in text, f"save of private memory: {text}")

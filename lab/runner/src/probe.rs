@@ -194,7 +194,7 @@ impl Machine {
         };
         if !vm.guest_memfd {
             Some("software-protected VMs have no guest_memfd".into())
-        } else if (vm.attributes | vm.file_attributes) & KVM_MEMORY_ATTRIBUTE_PRIVATE == 0 {
+        } else if vm.all_attributes() & KVM_MEMORY_ATTRIBUTE_PRIVATE == 0 {
             Some("software-protected VMs have no PRIVATE memory attribute".into())
         } else if vm.exit_hypercall & (1 << KVM_HC_MAP_GPA_RANGE) == 0 {
             Some("KVM does not hand KVM_HC_MAP_GPA_RANGE to user space".into())
@@ -211,6 +211,11 @@ pub(crate) fn in_place() -> bool {
 }
 
 impl Vm {
+    /// Those of the VM, or of its guest_memfd.
+    fn all_attributes(&self) -> u32 {
+        self.attributes | self.file_attributes
+    }
+
     fn ask(vm: &VmFd) -> Self {
         // A negative answer (an old kernel's EINVAL) means the same as 0.
         let ask = |capability| u32::try_from(vm.check_extension_raw(capability)).unwrap_or(0);
@@ -231,7 +236,7 @@ impl fmt::Display for Vm {
             "guest_memfd {}, its flags {}, memory attributes {}, hypercalls to user space {}",
             if self.guest_memfd { "yes" } else { "no" },
             names(self.guest_memfd_flags, &[(0, "MMAP"), (1, "INIT_SHARED")]),
-            names(self.attributes, &[(3, "PRIVATE")]),
+            names(self.all_attributes(), &[(3, "PRIVATE")]),
             names(
                 self.exit_hypercall,
                 &[(KVM_HC_MAP_GPA_RANGE, "MAP_GPA_RANGE")]

@@ -77,7 +77,6 @@ pub(crate) fn compile_topics(ctx: &Context, step: &Step) -> Result<Tally> {
     Ok(tally)
 }
 
-/// The steps from the release to the tree with all patches.
 /// A patch of the QAPI schema touches a thousand files, most of which stay as they were.
 const CCACHE: &str = "--cc=ccache gcc";
 
@@ -93,7 +92,7 @@ pub(super) fn build_first_topic(ctx: &Context, step: &Step) -> Result<(PathBuf, 
     Ok((build, series.lock))
 }
 
-/// The series as trees of git.
+/// The steps from the release to the tree with all patches.
 struct Series<'a> {
     ctx: &'a Context,
     step: &'a Step,

@@ -2,7 +2,7 @@
 //! Objects made, refused, changed and removed while QEMU runs: it stays alive and keeps nothing.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
@@ -21,9 +21,6 @@ const ROUNDS: usize = 100;
 
 /// How long nothing is freed before all is: QEMU collects for a while what RCU is to free.
 const SETTLE: Duration = Duration::from_millis(200);
-
-/// How long QEMU may take to free something: its thread for that works through a queue.
-const GRACE: Duration = Duration::from_secs(5);
 
 /// Bytes that a block of rounds may leave.
 const LEAK: u64 = 32 << 10;
@@ -265,16 +262,11 @@ fn out_of_descriptors(context: &Context) -> Result<()> {
                 return Ok(());
             }
         }
-        // What has been a RAM block is freed after a grace period of RCU.
-        let deadline = Instant::now() + GRACE;
-        while open_fds(qemu.pid())?.len() > before {
-            ensure!(
-                Instant::now() < deadline,
-                "{before} descriptors before a refusal, {} after",
-                open_fds(qemu.pid())?.len()
-            );
-            thread::sleep(SETTLE);
-        }
+        let after = settled(&qemu)?.fds;
+        ensure!(
+            after == before,
+            "{before} descriptors before a refusal, {after} after"
+        );
     }
     bail!(
         "object-add was refused with 31 descriptors free: {:?}",

@@ -24,7 +24,8 @@ const FEW: u32 = 16;
 
 pub(super) fn tests() -> Vec<Test> {
     let private = &[Need::PrivateMemory, Need::Vfio];
-    let two_files = &[Need::TwoFiles, Need::Vfio, Need::Iommufd];
+    let two_files = &[Need::TwoFiles, Need::Vfio];
+    let two_files_iommufd = &[Need::TwoFiles, Need::Vfio, Need::Iommufd];
     let iommufd = &[Need::PrivateMemory, Need::Vfio, Need::Iommufd];
     let strict_mode = &[Need::PrivateMemory, Need::StrictMode, Need::Vfio];
     let mut tests = vec![
@@ -43,7 +44,7 @@ pub(super) fn tests() -> Vec<Test> {
             again(context, ",x-change-vmfd-on-reset=on")
         })
         .only_in_full(),
-        Test::new("vfio/iommufd-guard", two_files, |context| {
+        Test::new("vfio/iommufd-guard", two_files_iommufd, |context| {
             let vm = private_vm(context, SMALL).with_backend_properties("guard=fatal");
             carries(context, &with_iommufd(vm)?)
         }),
