@@ -17,6 +17,11 @@ pub(crate) type Check = Result<(), Failure>;
 
 pub(crate) use guestmemfd_guest::hostile::EINVAL;
 
+/// An answer to a request, as a number and for people.
+pub(crate) type Expected = (i64, &'static str);
+
+pub(crate) const GRANTED: Expected = (0, "0");
+
 /// What a page must hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Content {
@@ -86,6 +91,25 @@ impl Tester<'_> {
     /// Something that is not looked at here has written to pages.
     pub(crate) fn forget(&mut self, pages: Range<usize>) {
         self.contents[pages].fill(Content::Unknown);
+    }
+
+    /// Asks for a conversion of a page that is not noted here, or not only.
+    pub(crate) fn convert(&mut self, gpa: u64, intent: Intent, expected: Expected) -> Check {
+        let attributes = hypercall::attributes(intent);
+        let got = hypercall::map_gpa_range(gpa, 1, attributes);
+        self.model.counts.hypercalls += 1;
+        self.model.counts.refused += u64::from(got != 0);
+        let (number, expected) = expected;
+        if got == number {
+            return Ok(());
+        }
+        Err(Failure::Request {
+            gpa,
+            pages: 1,
+            attributes,
+            got,
+            expected,
+        })
     }
 
     /// Makes sure that no page is private.

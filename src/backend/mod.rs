@@ -408,7 +408,13 @@ impl Backend {
         /// 1 MiB.
         const AT_ONCE: u64 = 256;
         let mut bytes = Vec::new();
-        for data in self.data_within(pages, View::Shared)? {
+        // One run at a time: the guest decides how many there are.
+        let (views, mut rest) = (self.views(), Some(pages));
+        while let Some(pages) = rest {
+            let Some(data) = self.first_data(views.file(View::Shared), pages, View::Shared)? else {
+                break;
+            };
+            rest = FilePages::new(data.end(), pages.end());
             for piece in data.pieces(AT_ONCE) {
                 let offset = piece.start_bytes();
                 bytes.resize(piece.bytes() as usize, 0);

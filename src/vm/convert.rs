@@ -339,14 +339,14 @@ pub(super) fn drain_pins<'a>(moves: &Moves<'a>) -> Option<Run<'a>> {
 /// Cuts the windows of a request behind the first pages, as many as a step may have. Returns them
 /// with what is left of the request.
 fn cut(windows: SmallList<Shown>, request: GuestPages) -> (SmallList<Shown>, Option<GuestPages>) {
+    if request.count() <= STEP_PAGES {
+        return (windows, None);
+    }
     let in_place = |(backend, _): &Shown| backend.mode() == Mode::InPlace;
     let mut room = match windows.iter().all(in_place) {
         true => STEP_PAGES_IN_PLACE,
         false => STEP_PAGES,
     };
-    if request.count() <= room {
-        return (windows, None);
-    }
     let mut step = SmallList::new();
     for (backend, window) in windows {
         let Some(first) = window.first(room) else {

@@ -263,7 +263,7 @@ fn kernel_command_line(count_instructions: bool, in_place: bool) -> String {
 }
 
 /// What level 1 is made of, where steps of their own build it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Parts {
     pub(crate) qemu: Qemu,
     pub(crate) kernel: Kernel,

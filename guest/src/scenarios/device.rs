@@ -5,15 +5,14 @@
 use super::sweep::rest;
 use super::{Run, disk};
 use crate::failure::Failure;
-use crate::hypercall;
-use crate::tester::{Check, Tester};
+use crate::tester::{Check, Expected, GRANTED, Tester};
 use crate::virtio::{Buffer, Kind, Queue};
 use crate::{apic, cpu, fwcfg, tap, vapic};
-use guestmemfd_guest::model::Intent::{self, Private, Shared};
+use guestmemfd_guest::model::Intent::{Private, Shared};
 use guestmemfd_guest::{DISK_PART, PAGE_SIZE};
 
 /// What a request is answered with while a device uses its pages.
-const EBUSY: &str = "-16 (EBUSY)";
+const EBUSY: Expected = (-16, "-16 (EBUSY)");
 /// A page that stays private, and one that stays shared.
 const PRIVATE: usize = 0;
 const SHARED: usize = 1;
@@ -39,21 +38,9 @@ pub(super) fn run(run: &mut Run<'_>) {
     });
     run.test("nor for an option ROM's size", |tester| {
         let rom = vapic::rom().ok_or(Failure::Missing("no option ROM of QEMU's vAPIC"))?;
-        let (gpa, attributes) = (rom & !(PAGE_SIZE - 1), hypercall::attributes(Private));
-        tester.model.counts.hypercalls += 1;
-        match hypercall::map_gpa_range(gpa, 1, attributes) {
-            // The second time shows that the first has left QEMU in order.
-            0 => (0..2).for_each(|_| vapic::announce()),
-            got => {
-                return Err(Failure::Request {
-                    gpa,
-                    pages: 1,
-                    attributes,
-                    got,
-                    expected: "0",
-                });
-            }
-        }
+        tester.convert(rom & !(PAGE_SIZE - 1), Private, GRANTED)?;
+        // The second time shows that the first has left QEMU in order.
+        (0..2).for_each(|_| vapic::announce());
         tester.holds(PRIVATE..PRIVATE + 1, Private, SECRET)
     });
     run.test("a disk does not write to private pages", |tester| {
@@ -116,7 +103,7 @@ fn rings(tester: &mut Tester<'_>) -> Check {
     unsafe { disk::request(&mut queue, &header, shared, PAGE_SIZE) }.map_err(Failure::Missing)?;
 
     let start = cpu::timestamp();
-    convert(tester, gpa, Private, "0")?;
+    tester.convert(gpa, Private, GRANTED)?;
     let milliseconds = (cpu::timestamp() - start) / per_millisecond();
     tap::note(format_args!("device: ring-milliseconds={milliseconds}"));
     // SAFETY: the page is test memory.
@@ -124,7 +111,7 @@ fn rings(tester: &mut Tester<'_>) -> Check {
         return Err(Failure::Missing("the disk has found a request"));
     }
     drop(queue);
-    convert(tester, gpa, Shared, "0")?;
+    tester.convert(gpa, Shared, GRANTED)?;
     disk::reads(tester)
 }
 
@@ -157,27 +144,8 @@ fn buffer_in_use(tester: &mut Tester<'_>) -> Check {
     tester.memory.write(SHARED, Shared, 0, 0);
     // SAFETY: the page is test memory; the device lets go of the status when it is reset.
     unsafe { queue.give(&buffers) };
-    convert(tester, gpa, Private, EBUSY)?;
+    tester.convert(gpa, Private, EBUSY)?;
     drop(queue);
-    convert(tester, gpa, Private, "0")?;
-    convert(tester, gpa, Shared, "0")
-}
-
-/// Converts a page that is not this test's, or not only.
-fn convert(tester: &mut Tester<'_>, gpa: u64, intent: Intent, expected: &'static str) -> Check {
-    let attributes = hypercall::attributes(intent);
-    let got = hypercall::map_gpa_range(gpa, 1, attributes);
-    tester.model.counts.hypercalls += 1;
-    tester.model.counts.refused += u64::from(got != 0);
-    let wanted = if expected == EBUSY { -16 } else { 0 };
-    if got == wanted {
-        return Ok(());
-    }
-    Err(Failure::Request {
-        gpa,
-        pages: 1,
-        attributes,
-        got,
-        expected,
-    })
+    tester.convert(gpa, Private, GRANTED)?;
+    tester.convert(gpa, Shared, GRANTED)
 }

@@ -4,9 +4,8 @@
 
 use super::Run;
 use crate::failure::Failure;
-use crate::hypercall;
 use crate::memory::TestMemory;
-use crate::tester::{Check, Tester};
+use crate::tester::{Check, GRANTED, Tester};
 use guestmemfd_guest::model::Intent::{self, Private, Shared};
 use guestmemfd_guest::pattern;
 
@@ -56,7 +55,7 @@ impl Sparse {
     fn touch(&self, tester: &mut Tester<'_>) -> Check {
         for (page, intent) in self.pages() {
             if !self.strict {
-                self.request(tester, page, intent)?;
+                tester.convert(self.memory.gpa(page), intent, GRANTED)?;
             } else if intent == Private {
                 tester.model.counts.faults_private += 1;
             }
@@ -64,23 +63,6 @@ impl Sparse {
             self.memory.write(page, intent, 0, self.tag(page));
         }
         Ok(())
-    }
-
-    fn request(&self, tester: &mut Tester<'_>, page: usize, intent: Intent) -> Check {
-        let gpa = self.memory.gpa(page);
-        let attributes = hypercall::attributes(intent);
-        let got = hypercall::map_gpa_range(gpa, 1, attributes);
-        tester.model.counts.hypercalls += 1;
-        if got == 0 {
-            return Ok(());
-        }
-        Err(Failure::Request {
-            gpa,
-            pages: 1,
-            attributes,
-            got,
-            expected: "0",
-        })
     }
 
     fn check(&self) -> Check {

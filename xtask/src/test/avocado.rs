@@ -79,7 +79,7 @@ pub(super) fn confidential(bench: &Bench, step: &Step) -> Result<Tally> {
     }
     let mut tally = Tally::default();
     for (name, in_place) in [("avocado", true), ("avocado-two-files", false)] {
-        let parts = bench.parts(step)?;
+        let parts = parts.clone();
         tally.add(run(bench, step, name, |folder, tap| {
             let level_1 = Level1 {
                 suite: &CONFIDENTIAL,

@@ -88,7 +88,7 @@ fn with(ctx: &Context, step: &Step, toolchain: &Toolchain) -> Result<Tally> {
         ),
     ];
     meson::configure(ctx, &tools, &build, &options)?;
-    meson_test(ctx, step, &tools, &build, "msrv", &[])
+    meson_test(ctx, step, &tools, &build, "msrv", &[], &[])
 }
 
 /// Tells meson which cargo to take.

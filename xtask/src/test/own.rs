@@ -12,7 +12,7 @@ use crate::{image, library, qemu as qemu_build};
 
 use super::patches;
 use super::report::Tally;
-use super::steps::{Bench, meson_test_expecting};
+use super::steps::{Bench, meson_test};
 
 /// Where Debian has the ROMs of network cards.
 const IPXE: &str = "/usr/lib/ipxe/qemu";
@@ -77,7 +77,7 @@ fn run(
     let tools = build.join("pyvenv/bin");
     let jobs = bench.ctx.jobs.to_string();
     let args = [&["--num-processes", &*jobs], which].concat();
-    meson_test_expecting(bench.ctx, step, &tools, build, name, &args, expected)
+    meson_test(bench.ctx, step, &tools, build, name, &args, expected)
 }
 
 /// The folder of a build of all patches.

@@ -226,7 +226,7 @@ pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
     step.say("building");
     meson::configure(ctx, &tools, &build, &[meson::cargo_target_dir(ctx)])?;
     step.say("running");
-    let mut tally = meson_test(ctx, step, &tools, &build, "c", &[])?;
+    let mut tally = meson_test(ctx, step, &tools, &build, "c", &[], &[])?;
     step.say("running under valgrind");
     let valgrind = meson_test(
         ctx,
@@ -235,25 +235,14 @@ pub(crate) fn c(bench: &Bench, step: &Step) -> Result<Tally> {
         &build,
         "c-valgrind",
         &["--setup", "valgrind"],
+        &[],
     )?;
     tally.add(valgrind);
     Ok(tally)
 }
 
-/// Runs the tests of a build folder.
+/// Runs the tests of a build folder, of which some programs are expected to fail, by name.
 pub(super) fn meson_test(
-    ctx: &Context,
-    step: &Step,
-    tools: &Path,
-    build: &Path,
-    name: &str,
-    args: &[&str],
-) -> Result<Tally> {
-    meson_test_expecting(ctx, step, tools, build, name, args, &[])
-}
-
-/// The same where some programs are expected to fail, by name.
-pub(super) fn meson_test_expecting(
     ctx: &Context,
     step: &Step,
     tools: &Path,

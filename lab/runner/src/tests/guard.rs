@@ -131,15 +131,12 @@ fn other_process(context: &Context) -> Result<()> {
 /// A disk in qemu-storage-daemon, which the guest gives shared pages and then private ones.
 fn vhost_user(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
-    let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
-    fs::write(&image, mapped_devices::disk_content())?;
-    let _daemon = mapped_devices::daemon(context, &image, &socket)?;
+    let (_daemon, chardev) = mapped_devices::disk_in_daemon(context, &dir)?;
     let vm = Vm::conformance(&context.files, Scenario::Vhost, false, SIZE, 1);
     let disk = |properties: &str| {
-        let path = socket.display();
         let device = format!("-device vhost-user-blk-pci,chardev=vub{properties}");
         guests::with_properties(vm.clone(), "guard=report,lazy-attributes=off")
-            .with_arguments(&format!("-chardev socket,id=vub,path={path} {device}"))
+            .with_arguments(&format!("{chardev} {device}"))
     };
     // The daemon does not offer the feature that devices of confidential guests have by default.
     let stderr = context.start_refused(&disk(""))?.stderr;

@@ -23,6 +23,9 @@ use crate::query;
 use crate::tap::Tap;
 use crate::vm::{Scenario, Vm};
 
+/// The gdbstub's socket.
+const GDB: &str = "gdb";
+
 /// Bytes that are looked at.
 const LENGTH: u64 = 64;
 
@@ -52,35 +55,47 @@ struct Pages {
     pattern: Vec<u8>,
 }
 
+impl Pages {
+    /// As the guest says in this line.
+    fn said(line: &str) -> Result<Self> {
+        Ok(Self {
+            private: guest::address(line, "private")?,
+            shared: guest::address(line, "shared")?,
+            pattern: crate::vm::host_pattern().into_bytes(),
+        })
+    }
+
+    /// What the host gets of them by all ways that change nothing.
+    fn look(&self, qemu: &mut Qemu, dir: &Path) -> Result<()> {
+        monitor(qemu, self).context("the monitor")?;
+        save(qemu, dir, self).context("memory in files")?;
+        debugger(&dir.join(GDB), self).context("the gdbstub")?;
+        dirty_rate(qemu).context("calc-dirty-rate")
+    }
+}
+
+/// Pauses a guest.
+fn stop(qemu: &mut Qemu) -> Result<()> {
+    qemu.qmp.run("stop", json!({}))?;
+    qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
+    Ok(())
+}
+
 fn access(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
-    let gdb = dir.path().join("gdb");
-    let vm = device_vm(context, &dir, "lazy-attributes=off,convert-timeout=200")?.with_arguments(
-        &format!(
-            "-chardev socket,id=gdb,path={},server=on,wait=off -gdb chardev:gdb",
-            gdb.display()
-        ),
-    );
-    let mut qemu = context.start(&vm)?;
+    let vm = device_vm(context, &dir, "lazy-attributes=off,convert-timeout=200")?;
+    let mut qemu = context.start(&with_gdb(vm, &dir))?;
     qemu.qmp.run("cont", json!({}))?;
     let mut tap = Tap::default();
     let line = guest::wait_line_into(&qemu, &mut tap, "# device: private", GUEST_LIMIT)?;
     let milliseconds = tap.note("ring-milliseconds");
     let milliseconds = milliseconds.context("the guest does not say how long it waited")?;
     events(&mut qemu)?;
-    qemu.qmp.run("stop", json!({}))?;
-    qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
+    stop(&mut qemu)?;
 
-    let pages = Pages {
-        private: guest::address(&line, "private")?,
-        shared: guest::address(&line, "shared")?,
-        pattern: crate::vm::host_pattern().into_bytes(),
-    };
+    let pages = Pages::said(&line)?;
     let before = query::backend(&mut qemu.qmp)?;
-    monitor(&mut qemu, &pages).context("the monitor")?;
-    save(&mut qemu, dir.path(), &pages).context("memory in files")?;
-    debugger(&gdb, &pages).context("the gdbstub")?;
-    dirty_rate(&mut qemu).context("calc-dirty-rate")?;
+    pages.look(&mut qemu, dir.path())?;
     let after = query::backend(&mut qemu.qmp)?;
     ensure!(before == after, "the host changed {before:?} to {after:?}");
     // This one reads all of the shared view, which allocates it: a memfd has no page of zeros.
@@ -113,28 +128,15 @@ fn access(context: &Context) -> Result<()> {
 /// The same on QEMU's own path, whose memory is an ordinary backend.
 fn upstream_access(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
-    let gdb = dir.path().join("gdb");
     let vm = device_vm(context, &dir, "")?
-        .with_backend(&format!("memory-backend-memfd,id=ram0,size={}", SIZE.0))
-        .with_arguments(&format!(
-            "-chardev socket,id=gdb,path={},server=on,wait=off -gdb chardev:gdb",
-            gdb.display()
-        ));
-    let mut qemu = context.start(&vm)?;
+        .with_backend(&format!("memory-backend-memfd,id=ram0,size={}", SIZE.0));
+    let mut qemu = context.start(&with_gdb(vm, &dir))?;
     qemu.qmp.run("cont", json!({}))?;
     let line = guest::wait_line(&qemu, "# device: private", GUEST_LIMIT)?;
-    qemu.qmp.run("stop", json!({}))?;
-    qemu.qmp.wait_event(&["STOP"], EXIT_LIMIT)?;
+    stop(&mut qemu)?;
 
-    let pages = Pages {
-        private: guest::address(&line, "private")?,
-        shared: guest::address(&line, "shared")?,
-        pattern: crate::vm::host_pattern().into_bytes(),
-    };
-    monitor(&mut qemu, &pages).context("the monitor")?;
-    save(&mut qemu, dir.path(), &pages).context("memory in files")?;
-    debugger(&gdb, &pages).context("the gdbstub")?;
-    dirty_rate(&mut qemu).context("calc-dirty-rate")?;
+    let pages = Pages::said(&line)?;
+    pages.look(&mut qemu, dir.path())?;
     dump(&mut qemu, dir.path(), &pages).context("dump-guest-memory")?;
 
     guest::run(&mut qemu, GUEST_LIMIT)?;
@@ -162,6 +164,14 @@ fn events(qemu: &mut Qemu) -> Result<()> {
         "the conversion was {failed}"
     );
     Ok(())
+}
+
+/// With a gdbstub at a socket.
+fn with_gdb(vm: Vm, dir: &TempDir) -> Vm {
+    vm.with_arguments(&format!(
+        "-chardev socket,id=gdb,path={},server=on,wait=off -gdb chardev:gdb",
+        dir.path().join(GDB).display()
+    ))
 }
 
 /// The guest that gives private memory to devices, with a disk.

@@ -54,11 +54,9 @@ pub(super) fn tests() -> Vec<Test> {
 /// guest does.
 fn policy(context: &Context) -> Result<()> {
     let group = Group::new("policy")?;
-    let inside = group.enter()?;
     let vm = vm(context, Scenario::Hypercall)
         .with_backend_properties("policy=bind,host-nodes=1,prealloc=on");
-    let mut qemu = context.start(&vm)?;
-    drop(inside);
+    let mut qemu = start_in(&group, context, &vm)?;
     let nodes = memory::guest_memfd_nodes(qemu.pid())?;
     ensure!(
         nodes == [(1, SIZE.0 / 4096)],
@@ -77,11 +75,9 @@ fn policy(context: &Context) -> Result<()> {
 
     // Without prealloc, what a guest touches first in private is on that node as well.
     let group = Group::new("policy-touched")?;
-    let inside = group.enter()?;
     let vm =
         self::vm(context, Scenario::Hypercall).with_backend_properties("policy=bind,host-nodes=1");
-    let mut qemu = context.start(&vm)?;
-    drop(inside);
+    let mut qemu = start_in(&group, context, &vm)?;
     let before = [group.file_bytes_of_node(0)?, group.file_bytes_of_node(1)?];
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let after = [group.file_bytes_of_node(0)?, group.file_bytes_of_node(1)?];
@@ -114,10 +110,8 @@ fn prealloc(context: &Context) -> Result<()> {
 /// A guest that has all of its memory, and then makes it private and shared, never has more.
 fn peak_memory(context: &Context) -> Result<()> {
     let group = Group::new("in-place")?;
-    let inside = group.enter()?;
     let vm = vm(context, Scenario::Sweep).with_backend_properties("prealloc=on");
-    let mut qemu = context.start(&vm)?;
-    drop(inside);
+    let mut qemu = start_in(&group, context, &vm)?;
     let before = group.current()?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
     let backend = query::backend(&mut qemu.qmp)?;
@@ -183,12 +177,9 @@ fn clock(context: &Context) -> Result<()> {
 /// it hands on.
 fn vhost_user(context: &Context) -> Result<()> {
     let dir = TempDir::new()?;
-    let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
-    fs::write(&image, mapped_devices::disk_content())?;
-    let _daemon = mapped_devices::daemon(context, &image, &socket)?;
+    let (_daemon, chardev) = mapped_devices::disk_in_daemon(context, &dir)?;
     let vm = vm(context, Scenario::Vhost).with_arguments(&format!(
-        "-chardev socket,id=vub,path={} -device vhost-user-blk-pci,chardev=vub,iommu_platform=off",
-        socket.display()
+        "{chardev} -device vhost-user-blk-pci,chardev=vub,iommu_platform=off"
     ));
     let mut qemu = context.start(&vm)?;
     guest::run(&mut qemu, GUEST_LIMIT)?;
@@ -299,6 +290,12 @@ fn refused(context: &Context) -> Result<()> {
     ensure!(backend.mode == "mapped", "its mode is {}", backend.mode);
     qemu.qmp.run("quit", json!({}))?;
     Ok(())
+}
+
+/// Starts a QEMU in a cgroup, all of whose memory is counted there.
+fn start_in(group: &Group, context: &Context, vm: &Vm) -> Result<Box<Qemu>> {
+    let _inside = group.enter()?;
+    context.start(vm)
 }
 
 fn vm(context: &Context, scenario: Scenario) -> Vm {

@@ -83,8 +83,18 @@ impl Drop for Daemon {
     }
 }
 
+/// A disk as the guest expects it, in a process of its own, and where QEMU finds that: the arguments
+/// for a chardev `vub`.
+pub(super) fn disk_in_daemon(context: &Context, dir: &TempDir) -> Result<(Daemon, String)> {
+    let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
+    fs::write(&image, disk_content())?;
+    let daemon = daemon(context, &image, &socket)?;
+    let chardev = format!("-chardev socket,id=vub,path={}", socket.display());
+    Ok((daemon, chardev))
+}
+
 /// qemu-storage-daemon, which exports an image at a socket.
-pub(super) fn daemon(context: &Context, image: &Path, socket: &Path) -> Result<Daemon> {
+fn daemon(context: &Context, image: &Path, socket: &Path) -> Result<Daemon> {
     let program = storage_daemon(&context.files.qemu)?;
     let (image, path) = (image.display(), socket.display());
     let child = Command::new(&program)
@@ -141,17 +151,15 @@ pub(super) fn virtio_blk(image: &Path) -> String {
 /// A disk in QEMU, or in a process that has the guest's memory by its descriptor.
 fn disk(context: &Context, bind: &str, vhost_user: bool) -> Result<()> {
     let dir = TempDir::new()?;
-    let (image, socket) = (dir.path().join("image"), dir.path().join("socket"));
+    let image = dir.path().join("image");
     let mut content = disk_content();
-    fs::write(&image, &content)?;
 
     let (arguments, daemon) = if vhost_user {
-        let daemon = daemon(context, &image, &socket)?;
-        let path = socket.display();
-        let arguments =
-            format!("-chardev socket,id=vub,path={path} -device vhost-user-blk-pci,chardev=vub");
+        let (daemon, chardev) = disk_in_daemon(context, &dir)?;
+        let arguments = format!("{chardev} -device vhost-user-blk-pci,chardev=vub");
         (arguments, Some(daemon))
     } else {
+        fs::write(&image, &content)?;
         (virtio_blk(&image), None)
     };
     let vm = mapped::guest_vm(context, Scenario::Disk, bind).with_arguments(&arguments);
