@@ -194,8 +194,16 @@ class ConfidentialTest(Test):
         """Waits until the guest has said this."""
         deadline = time.monotonic() + self.limit
         while text not in self.machine.serial()[since:]:
-            self.check(time.monotonic() < deadline, f"the guest did not say {text!r} within {self.limit} s")
+            if time.monotonic() > deadline:
+                self.check(False, f"the guest did not say {text!r} within {self.limit} s; {self.guest_state(since)}")
             time.sleep(0.1)
+
+    def guest_state(self, since=0):
+        """For messages: what a guest does of which something else was expected."""
+        status = self.qmp("query-status")["status"]
+        cpus = self.qmp("human-monitor-command", command_line="info registers -a")
+        said = self.machine.serial()[since:].splitlines()
+        return f"it is {status}, its last of {len(said)} lines is {said[-1:]}, its CPUs:\n{cpus}\n"
 
     def run_guest(self, resets=0):
         """Lets the guest run to its end, and checks what it says. It or SeaBIOS may reset the machine so many times."""

@@ -15,9 +15,10 @@ class Lifecycle(ConfidentialTest):
 
         self.reset()
         # Out of a run: SeaBIOS finds that it ran before, and resets the machine once.
+        since = len(self.machine.serial())
         self.qmp("cont")
         self.call("event", "RESET", limit=self.limit)
-        self.wait_serial("TAP version", since=len(self.machine.serial()))
+        self.wait_serial("TAP version", since=since)
         self.qmp("stop")
         self.reset()
 

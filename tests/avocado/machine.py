@@ -5,6 +5,7 @@ import asyncio
 import logging
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
@@ -44,26 +45,37 @@ class Machine:
         logger.propagate = False
         logger.addHandler(self._handler)
         self.process = None
+        self._serial = bytearray()
         self._start(command)
 
     def _start(self, command):
         ours, theirs = socket.socketpair()
         command = list(command) + [
             "-chardev", f"socket,id=qmp0,fd={theirs.fileno()}", "-qmp", "chardev:qmp0",
-            "-chardev", f"file,id=serial0,path={self.serial_log}", "-serial", "chardev:serial0",
+            # A pipe: a file that QEMU writes and this program reads has shown zeros for text where it lay on 9p.
+            "-chardev", "file,id=serial0,path=/proc/self/fd/1", "-serial", "chardev:serial0",
             # So that nothing stays when a test is ended from outside.
             "-run-with", "exit-with-parent=on",
         ]
         with theirs, open(self.qemu_log, "w", encoding="utf-8") as log:
             print(*command, file=log, flush=True)
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()]
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pass_fds=[theirs.fileno()]
             )
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         try:
             self._wait(self._client.connect(ours), ANSWER_LIMIT, "greet on QMP")
         except MachineError:
             self.close()
             raise
+
+    def _listen(self):
+        """Keeps what the guest says, until QEMU has ended."""
+        with open(self.serial_log, "wb", buffering=0) as log:
+            while said := self.process.stdout.read1(4096):
+                log.write(said)
+                self._serial += said
 
     def _wait(self, coroutine, limit, what):
         """Runs a coroutine; `what` says in errors what QEMU did not do."""
@@ -116,15 +128,15 @@ class Machine:
 
     def serial(self):
         """What the guest has said so far."""
-        if not self.serial_log.exists():
-            return ""
-        return self.serial_log.read_text(encoding="utf-8", errors="replace")
+        return self._serial.decode("utf-8", errors="replace")
 
     def quit(self):
         """Ends QEMU, and returns its exit status."""
         self.qmp("quit")
         try:
-            return self.process.wait(ANSWER_LIMIT)
+            status = self.process.wait(ANSWER_LIMIT)
+            self._listener.join()
+            return status
         except subprocess.TimeoutExpired:
             raise MachineError(f"QEMU did not end within {ANSWER_LIMIT} s after quit") from None
 
@@ -133,6 +145,7 @@ class Machine:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        self._listener.join()
         try:
             self._loop.run_until_complete(self._client.disconnect())
         except (QMPError, OSError, EOFError):
