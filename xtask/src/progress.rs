@@ -5,18 +5,20 @@
 use std::cell::Cell;
 use std::fmt::Display;
 use std::io::IsTerminal as _;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// How often a long activity is reported where there is no terminal.
 const PLAIN_EVERY: Duration = Duration::from_secs(20);
 
-/// The steps of one command, numbered as they begin.
+/// The steps of one command, numbered as they begin. Several can run at once.
 #[derive(Debug)]
 pub(crate) struct Steps {
     total: usize,
-    begun: Cell<usize>,
+    begun: AtomicUsize,
+    bars: MultiProgress,
 }
 
 impl Steps {
@@ -24,18 +26,19 @@ impl Steps {
     pub(crate) fn new(total: usize) -> Self {
         Self {
             total,
-            begun: Cell::new(0),
+            begun: AtomicUsize::new(0),
+            bars: MultiProgress::new(),
         }
     }
 
-    /// Begins the next step; the one before has ended.
+    /// Begins the next step.
     pub(crate) fn begin(&self, name: impl Display) -> Step {
-        self.begun.set(self.begun.get() + 1);
+        let number = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
         let label = match self.total {
             1 => name.to_string(),
-            total => format!("[{}/{total}] {name}", self.begun.get()),
+            total => format!("[{number}/{total}] {name}"),
         };
-        Step::new(label)
+        Step::new(label, &self.bars)
     }
 }
 
@@ -43,6 +46,7 @@ impl Steps {
 #[derive(Debug)]
 pub(crate) struct Step {
     label: String,
+    bars: MultiProgress,
     bar: Option<ProgressBar>,
     start: Instant,
     activity: Cell<Instant>,
@@ -50,16 +54,17 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    fn new(label: String) -> Self {
+    fn new(label: String, bars: &MultiProgress) -> Self {
         let now = Instant::now();
         let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new_spinner().with_prefix(label.clone());
+            let bar = bars.add(ProgressBar::new_spinner().with_prefix(label.clone()));
             bar.set_style(style("{prefix} {spinner} {msg} {elapsed:.dim}"));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
         Self {
             label,
+            bars: bars.clone(),
             bar,
             start: now,
             activity: Cell::new(now),
@@ -101,14 +106,19 @@ impl Step {
     /// A line that stays.
     pub(crate) fn note(&self, line: impl Display) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{}: {line}", self.label)),
+            Some(_) => self.print(line),
             None => self.plain(line),
         }
     }
 
     fn plain(&self, line: impl Display) {
         self.printed.set(Instant::now());
-        eprintln!("{}: {line}", self.label);
+        self.print(line);
+    }
+
+    /// A line beside the bars of all steps that run.
+    fn print(&self, line: impl Display) {
+        self.bars.suspend(|| eprintln!("{}: {line}", self.label));
     }
 
     /// Ends the step with a word on its result, such as `built` or `cached`.
@@ -116,11 +126,8 @@ impl Step {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        eprintln!(
-            "{}: {result} ({})",
-            self.label,
-            seconds(self.start.elapsed())
-        );
+        let time = seconds(self.start.elapsed());
+        self.print(format_args!("{result} ({time})"));
     }
 
     /// Takes the bar away, for an activity that writes to the terminal itself.

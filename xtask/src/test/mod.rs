@@ -2,6 +2,7 @@
 //! `cargo xtask test`: every test there is, as named steps.
 
 mod avocado;
+mod beside;
 mod crates;
 mod licences;
 mod msrv;
@@ -39,6 +40,10 @@ pub(crate) struct Options {
     #[arg(long)]
     full: bool,
 
+    /// So many of the steps that run guests run at once [default: 2, or 1 with one CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
+    jobs: Option<u8>,
+
     /// Say which steps there are, and stop
     #[arg(long)]
     list: bool,
@@ -52,6 +57,8 @@ struct TestStep {
     long: bool,
     /// Has tests whose names a filter can select.
     named: bool,
+    /// Keeps about one CPU busy, and can run beside others of its kind.
+    beside: bool,
     run: fn(&steps::Bench, &Step) -> Result<Tally>,
 }
 
@@ -65,6 +72,7 @@ const fn step(
         what,
         long: false,
         named: false,
+        beside: false,
         run,
     }
 }
@@ -79,6 +87,13 @@ impl TestStep {
 
     const fn long(self) -> Self {
         Self { long: true, ..self }
+    }
+
+    const fn beside(self) -> Self {
+        Self {
+            beside: true,
+            ..self
+        }
     }
 }
 
@@ -148,12 +163,6 @@ const STEPS: &[TestStep] = &[
     ),
     step("kernel", "the lab's kernel builds", steps::kernel),
     step(
-        "uapi",
-        "the lab's kernel answers as it should, converting in place and not",
-        uapi::test,
-    )
-    .named(),
-    step(
         "qemu-tests",
         "QEMU's tests that the patches add or change",
         own::ours,
@@ -164,29 +173,40 @@ const STEPS: &[TestStep] = &[
         patches_step,
     ),
     step(
+        "uapi",
+        "the lab's kernel answers as it should, converting in place and not",
+        uapi::test,
+    )
+    .named()
+    .beside(),
+    step(
         "machine",
         "tests with QEMU on this machine's KVM",
         steps::machine,
     )
-    .named(),
+    .named()
+    .beside(),
     step(
         "lab",
         "tests with QEMU in level 1 of the lab, which converts memory in place",
         steps::lab,
     )
-    .named(),
+    .named()
+    .beside(),
     step(
         "two-files",
         "the same where memory is converted in two files",
         steps::two_files,
     )
-    .named(),
+    .named()
+    .beside(),
     step(
         "avocado",
         "tests with Avocado, in the lab with one file and with two if this machine's KVM does not serve",
         avocado_step,
-    ),
-    step("libvirt", "libvirt's domains in the lab", libvirt_step),
+    )
+    .beside(),
+    step("libvirt", "libvirt's domains in the lab", libvirt_step).beside(),
     step(
         "bench",
         "conversions cost no more instructions than they did",
@@ -280,9 +300,10 @@ pub(crate) fn run(ctx: &Context, options: &Options) -> Result<ExitCode> {
     step.finish("ready");
 
     let bench = steps::Bench::new(ctx, options.filter.clone(), options.full);
+    let jobs = options.jobs.map_or(ctx.jobs.min(2), usize::from);
     let lines: Vec<Line> = wanted
-        .iter()
-        .map(|step| run_step(&bench, step, &progress))
+        .chunk_by(|one, next| one.beside && next.beside)
+        .flat_map(|steps| beside::map(steps, jobs, |step| run_step(&bench, step, &progress)))
         .collect();
     println!("{}", table(&lines));
     println!("{}", total(&lines));
@@ -324,6 +345,7 @@ mod tests {
             steps: steps.iter().map(|name| (*name).to_owned()).collect(),
             filter: filter.iter().map(|text| (*text).to_owned()).collect(),
             full,
+            jobs: None,
             list: false,
         }
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The steps of `cargo xtask test`.
 
-use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
@@ -33,8 +33,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) ctx: &'a Context,
     filter: Vec<String>,
     pub(super) full: bool,
-    qemu: OnceCell<Result<Qemu, String>>,
-    kernel: OnceCell<Result<lab_kernel::Kernel, String>>,
+    qemu: OnceLock<Result<Qemu, String>>,
+    kernel: OnceLock<Result<lab_kernel::Kernel, String>>,
 }
 
 impl<'a> Bench<'a> {
@@ -43,8 +43,8 @@ impl<'a> Bench<'a> {
             ctx,
             filter,
             full,
-            qemu: OnceCell::new(),
-            kernel: OnceCell::new(),
+            qemu: OnceLock::new(),
+            kernel: OnceLock::new(),
         }
     }
 
@@ -104,7 +104,7 @@ fn programs(ctx: &Context, step: &Step) -> Result<[(&'static str, PathBuf); 3]> 
 
 /// Makes something for all steps; when that fails, it fails for all of them.
 fn once<T: Clone>(
-    cell: &OnceCell<Result<T, String>>,
+    cell: &OnceLock<Result<T, String>>,
     make: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
     let made = cell.get_or_init(|| make().map_err(|error| format!("{error:#}")));
