@@ -33,6 +33,8 @@ const ENABLED: u32 = 0x100;
 
 static TICKS: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 static TIMEOUT: AtomicU64 = AtomicU64::new(u64::MAX);
+/// The time-stamp counter when the watchdog started: another clock, for its message.
+static STARTED: AtomicU64 = AtomicU64::new(0);
 
 fn read(register: u64) -> u32 {
     // SAFETY: the register page is mapped, and reading it changes no memory.
@@ -60,6 +62,7 @@ pub(crate) fn init() {
 
 /// Starts the watchdog of all CPUs, and this CPU's clock.
 pub(crate) fn start_watchdog(seconds: u64) {
+    STARTED.store(cpu::timestamp(), Ordering::Relaxed);
     TIMEOUT.store(seconds * TICKS_PER_SECOND, Ordering::Relaxed);
     start_timer();
 }
@@ -87,8 +90,9 @@ pub(crate) extern "C" fn timer(rip: u64) {
     let timeout = TIMEOUT.load(Ordering::Relaxed);
     if ticks > timeout {
         tap::bail_out(format_args!(
-            "not done after timeout={} seconds; cpu{cpu} was at {rip:#x}",
-            timeout / TICKS_PER_SECOND
+            "not done after timeout={} seconds; cpu{cpu} was at {rip:#x}, {} million cycles since the start",
+            timeout / TICKS_PER_SECOND,
+            cpu::timestamp().wrapping_sub(STARTED.load(Ordering::Relaxed)) / 1_000_000
         ));
     }
 }
