@@ -85,8 +85,6 @@ pub struct BackendConfig {
     pub prefault: Prefault,
     /// How long a conversion to private waits for pages that the host uses.
     pub convert_timeout: Duration,
-    /// A number of the user's, for its listener.
-    pub tag: usize,
 }
 
 impl BackendConfig {
@@ -104,7 +102,6 @@ impl BackendConfig {
             lazy: Lazy::Off,
             prefault: Prefault::Off,
             convert_timeout: DEFAULT_CONVERT_TIMEOUT,
-            tag: 0,
         }
     }
 }
