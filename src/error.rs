@@ -123,6 +123,13 @@ pub enum Error {
         backend: String,
     },
 
+    /// A backend was to be shown to the guest after its VM had forgotten it.
+    #[error("backend '{backend}' has been removed")]
+    Removed {
+        /// Name of the backend.
+        backend: String,
+    },
+
     /// States that were to be restored are not those of this backend.
     #[error("cannot restore the states of backend '{backend}': {found}")]
     BadStates {
@@ -404,6 +411,7 @@ impl Error {
             | Error::NeverPrivate { .. }
             | Error::OutsideBackend { .. }
             | Error::OtherVm { .. }
+            | Error::Removed { .. }
             | Error::BadStates { .. }
             | Error::NotPinned { .. } => Errno::INVAL,
             Error::NoBackend { .. } => Errno::FAULT,

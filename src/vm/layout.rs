@@ -18,7 +18,7 @@ impl Vm {
     /// another window of these pages is bound.
     ///
     /// # Errors
-    /// [`Error::OutsideBackend`], [`Error::Overlap`], [`Error::OtherVm`], and
+    /// [`Error::OutsideBackend`], [`Error::Overlap`], [`Error::OtherVm`], [`Error::Removed`], and
     /// [`Error::SetAttributes`]; the window is not there then.
     pub fn add_window(
         &self,
@@ -38,6 +38,7 @@ impl Vm {
         );
 
         let mut places = self.places.write();
+        places.check_known(backend)?;
         let windows = &mut places.windows;
         let binding = match wanted {
             Binding::Bound if backend.is_bindable() && !windows.is_bound(backend.id(), file) => {

@@ -74,6 +74,27 @@ impl Places {
         }
     }
 
+    /// Checks that a backend of this VM has not been removed.
+    fn check_known(&self, backend: &Backend) -> Result<()> {
+        match self.backend(backend.id()) {
+            Some(_) => Ok(()),
+            None => Err(Error::Removed {
+                backend: backend.config().name.clone(),
+            }),
+        }
+    }
+
+    /// Checks that the guest does not see a backend.
+    fn check_unseen(&self, backend: &Backend) -> Result<()> {
+        match self.windows.shows(backend.id()) {
+            false => Ok(()),
+            true => Err(Error::InUse {
+                what: "a backend cannot be removed",
+                user: "the guest has windows on it",
+            }),
+        }
+    }
+
     /// The backend of a window.
     fn backend(&self, id: BackendId) -> Option<Arc<Backend>> {
         self.backends.get(id.0 as usize)?.clone()
@@ -146,18 +167,16 @@ impl Vm {
     pub fn remove_backend(&self, backend: &Backend) -> Result<()> {
         backend.check_vm(self.id)?;
         check_no_callback(self.id)?;
-        if self.places.read().windows.shows(backend.id()) {
-            return Err(Error::InUse {
-                what: "a backend cannot be removed",
-                user: "the guest has windows on it",
-            });
-        }
+        self.places.read().check_unseen(backend)?;
         if backend.mode() == Mode::InPlace {
             // Its file keeps the attributes, and goes.
             self.places.write().windows.forget_stale_of(backend.id());
         }
         let cleared = self.clear_stale_windows();
-        self.places.write().set_backend(backend.id(), None);
+        let mut places = self.places.write();
+        // Another thread may have added a window meanwhile.
+        places.check_unseen(backend)?;
+        places.set_backend(backend.id(), None);
         cleared
     }
 

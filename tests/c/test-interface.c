@@ -62,12 +62,42 @@ static int32_t on_map(void *backend_opaque, uint64_t offset, uint64_t size)
     return seen.map_answer;
 }
 
+/* What a callback asks for, once, and the answers. */
+static struct {
+    guestmemfd_vm *vm;
+    guestmemfd_backend *backend;
+    int32_t refused[8], pinned;
+} asks;
+
+static void ask_back(void)
+{
+    guestmemfd_vm *vm = asks.vm;
+    guestmemfd_backend *backend = asks.backend;
+    guestmemfd_binding binding;
+
+    if (!vm) {
+        return;
+    }
+    asks.vm = NULL;
+    asks.refused[0] = guestmemfd_vm_map_gpa_range(vm, 0, 1, 1 << 4, NULL);
+    asks.refused[1] = guestmemfd_vm_memory_fault(vm, 0, PAGE, PRIVATE, NULL);
+    asks.refused[2] = guestmemfd_vm_add_window(vm, backend, 2 * SIZE, 0, SIZE, BOUND, &binding,
+                                               NULL);
+    asks.refused[3] = guestmemfd_vm_remove_window(vm, 0, SIZE, NULL);
+    asks.refused[4] = guestmemfd_vm_commit_windows(vm, NULL);
+    asks.refused[5] = guestmemfd_vm_punch_owed(vm, NULL);
+    asks.refused[6] = guestmemfd_backend_free_pages(backend, 0, PAGE, NULL);
+    asks.refused[7] = guestmemfd_backend_free_private(backend, NULL);
+    asks.pinned = guestmemfd_backend_pin(backend, 0, PAGE, NULL);
+}
+
 static void on_unmap(void *backend_opaque, uint64_t offset, uint64_t size)
 {
     (void)offset;
     (void)size;
     seen.unmapped++;
     seen.backend_opaque = backend_opaque;
+    ask_back();
 }
 
 static void on_revoke(void *backend_opaque, uint64_t offset, uint64_t size)
@@ -259,8 +289,11 @@ static void test_arguments(void)
           "nothing past the end may be used");
     check(guestmemfd_backend_private_fd(NULL) == -1, "no backend, no descriptor");
     other = software_vm();
+    binding = 77;
     check(guestmemfd_vm_add_window(other, backend, 0, 0, SIZE, BOUND, &binding, &error) == -EINVAL
               && strstr(error.message, "another VM"), "another VM's backend is refused");
+    check(binding == 77 && !guestmemfd_vm_owns(other, 0, UINT64_MAX)
+              && !guestmemfd_vm_owns(vm, 0, UINT64_MAX), "and neither VM has a window then");
     guestmemfd_vm_free(other);
     guestmemfd_backend_free(backend);
     guestmemfd_vm_free(vm);
@@ -347,6 +380,73 @@ static void test_conversions(void)
               && !guestmemfd_vm_commit_windows(vm, &error), "windows go");
     munmap(host, SIZE);
     guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+}
+
+static void test_callback_that_asks(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend *backend = new_backend(vm, "ram");
+    guestmemfd_error error;
+    guestmemfd_binding binding;
+    guestmemfd_stats stats;
+    bool refused = true;
+
+    guestmemfd_vm_add_window(vm, backend, 0, 0, SIZE, BOUND, &binding, &error);
+    asks.vm = vm;
+    asks.backend = backend;
+    check(!guestmemfd_vm_map_gpa_range(vm, PAGE, 1, 1 << 4, &error) && !asks.vm,
+          "a request whose callback asks for more");
+    for (int i = 0; i < 8; i++) {
+        refused &= asks.refused[i] == -EDEADLK;
+    }
+    check(refused, "what would wait for it is refused");
+    check(!asks.pinned && !guestmemfd_backend_unpin(backend, 0, PAGE, &error),
+          "a pin of another page is not");
+    stats = stats_of(backend);
+    check(stats.private_bytes == PAGE && stats.undecided_bytes == SIZE - PAGE
+              && !stats.pinned_bytes && !guestmemfd_vm_owns(vm, 2 * SIZE, SIZE),
+          "nothing else has changed");
+    guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
+    guestmemfd_backend_free(backend);
+    guestmemfd_vm_free(vm);
+}
+
+/* A backend goes; those beside it stay, and one that comes later is none of them. */
+static void test_freed_neighbour(void)
+{
+    guestmemfd_vm *vm = software_vm();
+    guestmemfd_backend *one = new_backend(vm, "one"), *two = new_backend(vm, "two"), *three;
+    guestmemfd_backend_config config = { .id = "three", .size = SIZE, .opaque = &config };
+    guestmemfd_error error;
+    guestmemfd_binding binding;
+
+    guestmemfd_vm_add_window(vm, one, 0, 0, SIZE, BOUND, &binding, &error);
+    guestmemfd_vm_add_window(vm, two, SIZE, 0, SIZE, BOUND, &binding, &error);
+    check(!guestmemfd_vm_map_gpa_range(vm, SIZE - PAGE, 2, 1 << 4, &error)
+              && !guestmemfd_backend_pin(two, 2 * PAGE, PAGE, &error),
+          "two backends in one request, one of them pinned");
+    guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
+    guestmemfd_backend_free(one);
+    check(stats_of(two).private_bytes == PAGE && stats_of(two).pinned_bytes == PAGE
+              && !guestmemfd_backend_unpin(two, 2 * PAGE, PAGE, &error)
+              && !guestmemfd_backend_host_may_use(two, 0, PAGE)
+              && fcntl(guestmemfd_backend_shared_fd(two), F_GETFD) >= 0,
+          "one is freed, the other keeps its pages, pins and files");
+    check(!guestmemfd_backend_new(vm, &config, &three, &error)
+              && !guestmemfd_vm_add_window(vm, three, 0, 0, SIZE, BOUND, &binding, &error)
+              && binding == BOUND && guestmemfd_backend_host_may_use(three, SIZE - PAGE, PAGE),
+          "a new one in its place starts over");
+    memset(&seen, 0, sizeof(seen));
+    check(!guestmemfd_vm_map_gpa_range(vm, 0, 1, 1 << 4, &error)
+              && seen.backend_opaque == &config
+              && !guestmemfd_vm_map_gpa_range(vm, SIZE + PAGE, 1, 1 << 4, &error)
+              && seen.backend_opaque == &seen,
+          "callbacks get what each was created with");
+    guestmemfd_vm_remove_window(vm, 0, SIZE, &error);
+    guestmemfd_vm_remove_window(vm, SIZE, SIZE, &error);
+    guestmemfd_backend_free(two);
+    guestmemfd_backend_free(three);
     guestmemfd_vm_free(vm);
 }
 
@@ -628,6 +728,8 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     test_arguments();
     test_conversions();
+    test_callback_that_asks();
+    test_freed_neighbour();
     test_lazy();
     test_threads();
     test_pins();

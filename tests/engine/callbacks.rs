@@ -290,6 +290,7 @@ fn ask_for_what_is_forbidden(machine: &Machine) -> Vec<(&'static str, Result<()>
         ),
         ("remove window", vm.remove_window(guest(HIGH, HIGH + 8))),
         ("clear windows", vm.clear_stale_windows()),
+        ("remove backend", vm.remove_backend(backend)),
         ("rebind", vm.rebind(owner())),
         (
             "restore",
@@ -358,7 +359,7 @@ fn what_would_wait_for_its_own_request_is_refused_in_every_function() {
             "{callback:?}: {result:?}"
         );
         let answers = std::mem::take(&mut *answers.lock());
-        assert_eq!(answers.len(), 12, "{callback:?} is called");
+        assert_eq!(answers.len(), 13, "{callback:?} is called");
         for (what, answer) in answers {
             let refused = matches!(answer, Err(Error::InCallback));
             assert!(refused, "{what} in {callback:?}: {answer:?}");
@@ -396,7 +397,7 @@ fn what_would_wait_is_refused_while_new_files_are_mapped() {
         .rebind(Arc::new(SoftwareOwner::default()))
         .unwrap();
     let answers = std::mem::take(&mut *answers.lock());
-    assert_eq!(answers.len(), 12);
+    assert_eq!(answers.len(), 13);
     for (what, answer) in answers {
         let refused = matches!(answer, Err(Error::InCallback));
         assert!(refused, "{what}: {answer:?}");

@@ -173,28 +173,6 @@ fn attributes_in_doubt_do_not_outlive_their_windows() {
 }
 
 #[test]
-fn a_backend_of_another_vm_is_refused() {
-    let (one, other) = (Machine::new(), Machine::new());
-    let refused = |result: Result<()>| {
-        let error = result.unwrap_err();
-        assert!(matches!(error, Error::OtherVm { .. }), "{error}");
-    };
-    let elsewhere = guest(500, 516);
-    refused(
-        one.vm
-            .add_window(&other.backend, elsewhere, 0, Binding::Bound)
-            .map(drop),
-    );
-    refused(one.vm.free_pages(&other.backend, file(0, 1)));
-    refused(one.vm.free_private(&other.backend));
-    refused(one.vm.pin(&other.backend, file(0, 1)));
-    refused(one.vm.remove_backend(&other.backend));
-    refused(one.vm.save_states(&other.backend, &mut Vec::new()));
-    assert!(!one.vm.host_may_use(&other.backend, file(0, 1)));
-    other.check_invariants();
-}
-
-#[test]
 fn a_new_owner_that_fails_leaves_listeners_with_what_they_had() {
     let machine = Machine::with(Discard::Now, PageState::Private);
     machine.vm.convert(guest(0, 8), View::Shared).unwrap();

@@ -24,3 +24,4 @@ mod observing;
 mod request;
 mod restore;
 mod threads;
+mod wrong_backend;

@@ -237,11 +237,6 @@ fn states_of_another_size_or_kind_are_refused() {
     let mut mapped = Vec::new();
     vm.save_states(&one, &mut mapped).unwrap();
     vm.restore_states(&two, &mut mapped.as_slice()).unwrap();
-
-    let error = vm.restore_states(&machine.backend, &mut stream.as_slice());
-    assert!(matches!(error, Err(Error::OtherVm { .. })));
-    let error = vm.save_states(&machine.backend, &mut Vec::new());
-    assert!(matches!(error, Err(Error::OtherVm { .. })));
 }
 
 /// As they may lie in a larger snapshot.
