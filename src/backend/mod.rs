@@ -204,20 +204,13 @@ impl Backend {
 
     /// The first run of states of some pages.
     pub(crate) fn first_run(&self, pages: FilePages) -> (FilePages, PageState) {
-        let states = self.states.lock();
-        let first = states.runs(pages).next();
-        // A range is never empty.
-        first.unwrap_or((pages, states.get(pages.start())))
+        self.states.lock().first_run(pages)
     }
 
     /// Are all of these pages in this view, as far as anybody can tell?
     pub(crate) fn is_surely_in(&self, pages: FilePages, view: View) -> bool {
-        let in_view = {
-            let states = self.states.lock();
-            let mut runs = states.runs(pages);
-            runs.next() == Some((pages, view.into()))
-        };
-        in_view && self.debts.first_doubtful(pages).is_none()
+        let in_view = (pages, view.into());
+        self.first_run(pages) == in_view && self.debts.first_doubtful(pages).is_none()
     }
 
     /// The first of some pages that the host may not use, as the state says. A private page comes

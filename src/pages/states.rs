@@ -257,14 +257,23 @@ impl PageStates {
     /// # Panics
     /// The iterator, if the range does not lie inside the backend.
     pub fn runs(&self, range: FilePages) -> impl Iterator<Item = (FilePages, PageState)> + '_ {
-        let mut next = range.start();
+        let mut rest = Some(range);
         std::iter::from_fn(move || {
-            let state = self.get((next < range.end()).then_some(next)?);
-            let end = self.run_end(next, state, range.end());
-            let run = FilePages::new(next, end)?;
-            next = end;
+            let (run, state) = self.first_run(rest?);
+            rest = FilePages::new(run.end(), range.end());
             Some((run, state))
         })
+    }
+
+    /// The first of them.
+    ///
+    /// # Panics
+    /// If there is no page where the range starts.
+    #[inline]
+    pub fn first_run(&self, range: FilePages) -> (FilePages, PageState) {
+        let state = self.get(range.start());
+        let end = self.run_end(range.start(), state, range.end());
+        (range.first(end - range.start()), state)
     }
 
     /// The first page behind `page` that is not in `state`, which `page` is in, but not beyond

@@ -244,7 +244,7 @@ impl Vm {
         wanted: &[(BackendId, FilePages)],
     ) -> Result<Option<Claim<'_>>> {
         let claim = self.claims.claim(wanted, || self.is_interrupted());
-        let claim = claim.ok_or(Error::Interrupted { guest })?;
+        let claim = claim.ok_or_else(|| Error::Interrupted { guest })?;
         let is_same = self.places.read().windows.layout() == layout;
         Ok(is_same.then_some(claim))
     }

@@ -253,19 +253,17 @@ fn mark_runs(
     takes_part: impl Fn(PageState) -> bool,
 ) -> (SmallList<(FilePages, PageState)>, u64) {
     backend.with_states(|states| {
-        let mut end = pages.start();
-        let mut marked = SmallList::new();
-        for (run, state) in states.runs(pages).take(*room) {
-            *room -= 1;
-            end = run.end();
-            if takes_part(state) {
-                marked.push((run, state));
+        let (mut marked, mut rest) = (SmallList::new(), Some(pages));
+        while let Some(left) = rest.filter(|_| *room > 0) {
+            let (run, was) = states.first_run(left);
+            if takes_part(was) {
+                states.set_run(run, was, PageState::Transition);
+                marked.push((run, was));
             }
+            *room -= 1;
+            rest = FilePages::new(run.end(), pages.end());
         }
-        for (run, was) in &marked {
-            states.set_run(*run, *was, PageState::Transition);
-        }
-        (marked, end)
+        (marked, rest.map_or(pages.end(), FilePages::start))
     })
 }
 
