@@ -2,9 +2,16 @@
 
 //! The host reads and writes guest memory.
 
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use guestmemfd::owner::SoftwareOwner;
+use guestmemfd::views::KernelFile;
 use guestmemfd::*;
+use parking_lot::{Condvar, Mutex};
 use proptest::prelude::*;
 
 use crate::machine::*;
@@ -274,4 +281,74 @@ fn accesses_and_conversions_of_the_same_pages_exclude_each_other() {
     machine.vm.convert(guest(1, 4), View::Private).unwrap();
     machine.check_invariants();
     assert!((1..4).all(|page| machine.is_hole(View::Shared, page)));
+}
+
+/// A file that is read by two threads at once, or not at all.
+#[derive(Debug)]
+struct ReadByTwo {
+    file: KernelFile,
+    readers: Mutex<u32>,
+    came: Condvar,
+}
+
+impl ViewFile for ReadByTwo {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.fd()
+    }
+
+    fn punch_hole(&self, pages: FilePages) -> io::Result<()> {
+        self.file.punch_hole(pages)
+    }
+
+    fn first_data(&self, pages: FilePages) -> io::Result<Option<FilePages>> {
+        self.file.first_data(pages)
+    }
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let mut readers = self.readers.lock();
+        *readers += 1;
+        self.came.notify_all();
+        let both = |readers: &mut u32| *readers < 2;
+        let waited = Duration::from_secs(10);
+        match self.came.wait_while_for(&mut readers, both, waited) {
+            waited if waited.timed_out() => Err(io::ErrorKind::TimedOut.into()),
+            _ => self.file.read_at(offset, bytes),
+        }
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_at(offset, bytes)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.file.allocated()
+    }
+}
+
+#[test]
+fn two_threads_read_a_page_at_once() {
+    struct Nobody;
+
+    impl Listener for Nobody {}
+
+    let vm = &Vm::new(Arc::new(SoftwareOwner::default()), Box::new(Nobody));
+    let file = ReadByTwo {
+        file: KernelFile::memfd("shared", PAGE_SIZE).unwrap(),
+        readers: Mutex::default(),
+        came: Condvar::new(),
+    };
+    let config = BackendConfig::new("ram", PAGE_SIZE);
+    let backend = vm.create_backend_over(config, Arc::new(file)).unwrap();
+    vm.add_window(&backend, guest(0, 1), 0, Binding::Bound)
+        .unwrap();
+    vm.write(0, b"data").unwrap();
+    let read = || {
+        let mut bytes = [0; 4];
+        vm.read(0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"data");
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(read);
+        scope.spawn(read);
+    });
 }
