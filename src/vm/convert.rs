@@ -2,10 +2,11 @@
 
 //! Conversions: moving pages from one view to the other.
 //!
-//! All of a request is checked before anything moves. It is then carried out in steps of at most 1
-//! GiB and at most 1,024 runs of states: a step takes effect as a whole or not at all, and between
-//! two of them nothing is claimed and an interruption is seen. So no request takes memory or time
-//! without a bound, whatever the guest has done to the states before.
+//! All of a request is checked before anything moves. It is then carried out in steps of at most 64
+//! MiB (1 GiB in place, where nothing is freed) and at most 1,024 runs of states: a step takes
+//! effect as a whole or not at all, and between two of them nothing is claimed and an interruption
+//! is seen. So no request takes memory or time without a bound, whatever the guest has done to the
+//! states before.
 //!
 //! A step to private: once the host has no pins, listeners let go, the attribute is set, the shared
 //! view is punched. To shared: listeners are told, the attribute is cleared, the private view is

@@ -24,8 +24,8 @@ impl Vm {
     /// [`Error::Punch`](crate::Error::Punch),
     /// [`Error::SetAttributes`](crate::Error::SetAttributes),
     /// [`Error::Listener`](crate::Error::Listener): earlier steps have taken effect; pages of the
-    /// one that failed keep their states, but what was shared may be gone.
-    /// [`Error::OtherVm`](crate::Error::OtherVm).
+    /// one that failed keep their states, but what was shared may be gone, and in place they may be
+    /// shared. [`Error::OtherVm`](crate::Error::OtherVm).
     pub fn free_pages(&self, backend: &Arc<Backend>, pages: FilePages) -> Result<()> {
         backend.check_vm(self.id())?;
         check_no_callback(self.id())?;

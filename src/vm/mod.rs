@@ -243,8 +243,9 @@ impl Vm {
         guest: GuestPages,
         wanted: &[(BackendId, FilePages)],
     ) -> Result<Option<Claim<'_>>> {
-        let claim = self.claims.claim(wanted, || self.is_interrupted());
-        let claim = claim.ok_or_else(|| Error::Interrupted { guest })?;
+        let Some(claim) = self.claims.claim(wanted, || self.is_interrupted()) else {
+            return Err(Error::Interrupted { guest });
+        };
         let is_same = self.places.read().windows.layout() == layout;
         Ok(is_same.then_some(claim))
     }
