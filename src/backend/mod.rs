@@ -44,14 +44,14 @@ pub struct Backend {
     states: Mutex<PageStates>,
     /// Of the states, for those who take no lock.
     closed: Closed,
-    pub(crate) pins: Pins,
+    pins: Pins,
     views: Mutex<Arc<Views>>,
     host_mapping: HostMapping,
     debts: Debts,
     lazy: Option<Chunk>,
     /// With lazy attributes.
     predictor: Option<Mutex<ChunkPredictor>>,
-    pub(crate) counters: Counters,
+    counters: Counters,
 }
 
 impl Backend {
@@ -120,6 +120,12 @@ impl Backend {
     /// Can KVM slots carry its guest_memfd?
     pub fn is_bindable(&self) -> bool {
         self.mode.has_private_pages() || self.config.bind
+    }
+
+    /// What it has done so far.
+    #[inline]
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Is the view that a page leaves freed in the conversion? In place nothing is left behind.
@@ -258,6 +264,12 @@ impl Backend {
 
 /// Pins.
 impl Backend {
+    /// Which pages the host has pinned.
+    #[inline]
+    pub(crate) fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
     /// Pins bytes if they lie in one page near which all are open. If not, nothing is pinned.
     #[inline]
     pub(crate) fn pin_one(&self, offset: u64, bytes: u64) -> bool {

@@ -264,7 +264,10 @@ impl StrayGuard {
             .windows
             .places(backend, first, View::Shared);
         let gpa = places.into_iter().next().map(|guest| guest.start_bytes());
-        self.backend.counters.strays.fetch_add(1, Ordering::Relaxed);
+        self.backend
+            .counters()
+            .strays
+            .fetch_add(1, Ordering::Relaxed);
         let stray = Stray { pages, gpa, thread };
         let tell = || {
             self.vm

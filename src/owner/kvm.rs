@@ -75,11 +75,7 @@ impl KvmOwner {
     }
 
     fn offers(&self) -> Offers {
-        // An unknown capability is answered by 0, and a failure by a negative number.
-        let ask = |capability| {
-            let answer = self.vm.check_extension_raw(capability);
-            u64::try_from(answer).unwrap_or(0)
-        };
+        let ask = |capability| bits(self.vm.check_extension_raw(capability));
         Offers {
             guest_memfd: self.has_guest_memfd(),
             flags: ask(KVM_CAP_GUEST_MEMFD_FLAGS),
@@ -223,6 +219,12 @@ impl Offers {
     }
 }
 
+/// The bits of a capability. One that is unknown is answered by 0, and a failure by a negative
+/// number.
+fn bits(answer: i32) -> u64 {
+    u64::try_from(answer).unwrap_or(0)
+}
+
 fn unsupported(wanted: &str, found: &str) -> Result<()> {
     Err(Error::Unsupported {
         wanted: wanted.into(),
@@ -233,6 +235,12 @@ fn unsupported(wanted: &str, found: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_that_fails_to_answer_offers_nothing() {
+        assert_eq!(bits(-1), 0);
+        assert_eq!(bits(8), PRIVATE);
+    }
 
     /// Kernels and VMs that this machine may not have.
     #[test]

@@ -331,7 +331,7 @@ impl Vm {
 pub(super) fn drain_pins<'a>(moves: &Moves<'a>) -> Option<Run<'a>> {
     let mut pinned = moves.first_pinned()?;
     let deadline = Instant::now() + SHORT_PIN;
-    while pinned.backend.pins.wait(pinned.pages, deadline, || false) == Waited::Unpinned {
+    while pinned.backend.pins().wait(pinned.pages, deadline, || false) == Waited::Unpinned {
         pinned = moves.first_pinned()?;
     }
     Some(pinned)

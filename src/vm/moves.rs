@@ -119,11 +119,11 @@ impl<'a> Moves<'a> {
         let last = self.moves.last()?.0.pages;
         let mut start = within.start();
         let before = |start| FilePages::new(start, first.start());
-        while let Some(pinned) = before(start).and_then(|rest| backend.pins.first_in(rest)) {
+        while let Some(pinned) = before(start).and_then(|rest| backend.pins().first_in(rest)) {
             start = pinned.end();
         }
         let behind = FilePages::new(last.end(), within.end());
-        let pinned = behind.and_then(|rest| backend.pins.first_in(rest));
+        let pinned = behind.and_then(|rest| backend.pins().first_in(rest));
         let end = pinned.map_or(within.end(), |pinned| pinned.start());
         // A file that cannot be asked has data everywhere.
         let data = |start, end| {
@@ -142,7 +142,7 @@ impl<'a> Moves<'a> {
     /// The first of the pages that were asked for that the host uses.
     pub(super) fn first_pinned(&self) -> Option<Run<'a>> {
         self.moves.iter().find_map(|&(Run { backend, pages }, _)| {
-            let pages = backend.pins.first_in(pages)?;
+            let pages = backend.pins().first_in(pages)?;
             Some(Run { backend, pages })
         })
     }
@@ -188,14 +188,14 @@ impl<'a> Moves<'a> {
     pub(super) fn count(&self, to: View) {
         let mut counted = None;
         for (Run { backend, pages }, _) in &self.moves {
-            let counters = &backend.counters;
+            let counters = backend.counters();
             counters.converted_pages.add(to, pages.count());
             if counted.replace(backend.id()) != Some(backend.id()) {
                 counters.conversions.add(to, 1);
             }
         }
         if let Some(neighbours) = &self.neighbours {
-            let counter = &neighbours.backend.counters.neighbour_pages;
+            let counter = &neighbours.backend.counters().neighbour_pages;
             counter.fetch_add(neighbours.pages.bytes() / PAGE_SIZE, Ordering::Relaxed);
         }
     }

@@ -94,7 +94,7 @@ impl Vm {
         to: View,
         serve: impl FnOnce() -> Result<u64>,
     ) -> Result<u64> {
-        let latencies = backend.map(|backend| &backend.counters.latencies);
+        let latencies = backend.map(|backend| &backend.counters().latencies);
         let started = latencies.and_then(Latencies::start);
         let result = serve();
         match (&result, latencies) {
@@ -133,7 +133,7 @@ fn count<T>(
     result: Result<T>,
     request: impl Fn(&Counters),
 ) -> Result<T> {
-    let counters = backend.map(|backend| &backend.counters);
+    let counters = backend.map(|backend| backend.counters());
     match (&result, counters) {
         (Err(Error::Interrupted { .. }), _) | (_, None) => {}
         (Ok(_), Some(counters)) => request(counters),

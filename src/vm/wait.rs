@@ -59,7 +59,10 @@ impl Vm {
             self.listener.call(|user| user.revoke(backend, pages));
         }
         let deadline = Instant::now() + left.min(BETWEEN_TRIES);
-        match backend.pins.wait(pages, deadline, || self.is_interrupted()) {
+        match backend
+            .pins()
+            .wait(pages, deadline, || self.is_interrupted())
+        {
             Waited::Unpinned | Waited::TimedOut => Ok(()),
             Waited::Interrupted => Err(Error::Interrupted { guest }),
         }
@@ -96,7 +99,7 @@ impl Vm {
 
     fn first_wait(&self, backend: &Backend, wait: &mut Wait) {
         wait.since = Some(Instant::now());
-        backend.counters.waits.fetch_add(1, Ordering::Relaxed);
+        backend.counters().waits.fetch_add(1, Ordering::Relaxed);
     }
 }
 
