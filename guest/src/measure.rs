@@ -22,11 +22,13 @@ pub enum Bench {
     Scale,
     /// Reads from a virtio-blk disk.
     Disk,
+    /// One request for 64 GiB that nobody has touched.
+    Vast,
 }
 
 impl Bench {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Start,
         Self::Request,
         Self::Sequential,
@@ -36,6 +38,7 @@ impl Bench {
         Self::Touch,
         Self::Scale,
         Self::Disk,
+        Self::Vast,
     ];
 
     /// The name on the command line.
@@ -51,6 +54,7 @@ impl Bench {
             Self::Touch => "touch",
             Self::Scale => "scale",
             Self::Disk => "disk",
+            Self::Vast => "vast",
         }
     }
 }

@@ -22,6 +22,8 @@ use spin::Mutex;
 pub(super) const PAGES: usize = 96 << 20 >> 12;
 /// Pages of the memory that is converted page by page.
 const GIB_PAGES: usize = 1 << 30 >> 12;
+/// Pages of the memory that is converted at once, and never touched: 64 GiB.
+const VAST_PAGES: usize = 64 << 30 >> 12;
 const TWO_MIB: u64 = 2 << 20;
 /// How often a loop of known length goes round.
 const ROUNDS: u64 = 1_000_000;
@@ -256,10 +258,12 @@ pub(crate) fn run(bench: Bench, options: &Options, map: &memmap::Map) -> bool {
     }
     let (within, shared_bit) = match bench {
         Bench::Fault => (layout::Range::HIGH, options.shared_bit),
+        Bench::Vast => (layout::Range::HIGH, None),
         _ => (layout::Range::LOW, None),
     };
     let pages = match bench {
         Bench::Sequential => GIB_PAGES,
+        Bench::Vast => VAST_PAGES,
         _ => PAGES,
     };
     let Some(memory) = Memory::find(map, pages, within, shared_bit) else {
@@ -283,6 +287,7 @@ pub(crate) fn run(bench: Bench, options: &Options, map: &memmap::Map) -> bool {
         Bench::Touch => first_touches(memory, "ordinary-touch-4k", "none"),
         Bench::Scale => scale::run(memory, options.smp.unwrap_or(1)),
         Bench::Disk => disk_reads(memory),
+        Bench::Vast => vast(memory),
     }
     tap::note(format_args!("bench={} done", bench.name()));
     true
@@ -393,6 +398,22 @@ fn by_request(memory: Memory, case: &Case, meter: &mut Meter, intent: Intent) {
     for start in case.starts().take(REPEATS) {
         let pages = start..start + case.pages;
         meter.add(Part::Repeat, memory.request(pages, intent));
+    }
+}
+
+/// One request for all of much memory, in each direction. The host looks at what it has used after the
+/// first of them.
+fn vast(memory: Memory) {
+    unit();
+    cpu::go_round(10 * ROUNDS);
+    for (meter, intent, direction) in [
+        (&TO_PRIVATE, Private, "private"),
+        (&TO_SHARED, Shared, "shared"),
+    ] {
+        let mut meter = meter.lock();
+        meter.add(Part::Request, memory.request(0..VAST_PAGES, intent));
+        meter.line(Part::Request, "untouched-64g", direction, "whole", 1);
+        cpu::go_round(10 * ROUNDS);
     }
 }
 

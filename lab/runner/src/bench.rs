@@ -2,6 +2,10 @@
 //! `bench`: one guest that measures, on one subject. Its lines go to stdout as they are, with some of
 //! ours in the same form; `cargo xtask bench` reads them.
 
+mod alone;
+mod held;
+mod private;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -11,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cgroup::Group;
 use crate::marks;
+use crate::memory;
 use crate::strict::Strict;
 use crate::vm::{BACKEND, Files, SHARED_BIT, Size};
 
@@ -83,6 +88,12 @@ enum Bench {
     Disk,
     /// The same in an ordinary VM
     OrdinaryDisk,
+    /// One request for 64 GiB that nobody has touched, and what the kernel holds for it then
+    Vast,
+    /// A page that somebody holds for longer than a request waits, without a guest
+    Held,
+    /// Memory that starts private, without a guest
+    Private,
 }
 
 impl Bench {
@@ -98,6 +109,9 @@ impl Bench {
             Self::Scale => "scale",
             Self::Prealloc => "prealloc",
             Self::Disk | Self::OrdinaryDisk => "disk",
+            Self::Vast => "vast",
+            Self::Held => "held",
+            Self::Private => "private",
         }
     }
 
@@ -122,6 +136,8 @@ pub(crate) fn bench(options: &Options) -> bool {
         // While it lives.
         Bench::Fault => Strict::on().and_then(|_strict| run(options)),
         Bench::Prealloc => prealloc(options),
+        Bench::Held => held::measure(options.subject),
+        Bench::Private => private::measure(),
         _ => run(options),
     };
     if let Err(why) = &result {
@@ -138,6 +154,8 @@ struct Taken {
     at_start: u64,
     /// Those of them that the kernel uses for itself.
     kernel: u64,
+    /// What it then uses more for the first request, in the whole system, if that is looked at.
+    for_request: Option<u64>,
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -155,6 +173,9 @@ fn run(options: &Options) -> Result<()> {
             measured("twice", "peak-memory", 1, beyond);
         }
         _ => {}
+    }
+    if let Some(bytes) = taken.for_request {
+        measured("untouched-64g", "kernel-memory", 1, bytes);
     }
     Ok(())
 }
@@ -208,7 +229,8 @@ fn guest(options: &Options, group: Option<&Group>) -> Result<Taken> {
         .spawn()
         .with_context(|| format!("cannot run {command:?}"))?;
     let output = child.stdout.take().context("no stdout")?;
-    let mut taken = None;
+    let mut taken: Option<Taken> = None;
+    let mut before_request = 0;
     for line in BufReader::new(output).lines() {
         let line = line?;
         if line.trim_end().ends_with(" started") && taken.is_none() {
@@ -220,7 +242,17 @@ fn guest(options: &Options, group: Option<&Group>) -> Result<Taken> {
                 start,
                 at_start: current.unwrap_or(0),
                 kernel: kernel.transpose()?.unwrap_or(0),
+                for_request: None,
             });
+            before_request = memory::kernel_bytes()?;
+        }
+        // Attributes are in no cgroup on some kernels.
+        if let (Bench::Vast, Some(taken)) = (options.bench, &mut taken)
+            && line.contains("part=whole")
+            && taken.for_request.is_none()
+        {
+            let now = memory::kernel_bytes()?;
+            taken.for_request = Some(now.saturating_sub(before_request));
         }
         println!("{}", line.trim_end());
     }

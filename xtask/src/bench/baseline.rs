@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Five rows that must not grow: `xtask/baseline.json`.
+//! Rows that must not grow: `xtask/baseline.json`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,10 +10,14 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::context::Context;
 
+use super::plan::{MAIN, OURS_IN_PLACE};
 use super::report::thousands;
-use super::rows::Row;
+use super::rows::{self, Row};
 
 const UPDATE: &str = "cargo xtask bench --update-baseline";
+
+/// What the names of rows begin with, and whose they are.
+const SUBJECTS: [(&str, (&str, &str)); 2] = [("", MAIN), ("in-place/", OURS_IN_PLACE)];
 
 /// The rows that are compared.
 const ROWS: [&str; 5] = [
@@ -34,12 +38,16 @@ fn path(ctx: &Context) -> PathBuf {
 }
 
 fn values(rows: &[Row]) -> Result<Values> {
-    let value = |name: &str| {
-        let row = rows.iter().find(|row| row.row == name);
-        let row = row.with_context(|| format!("row {name} was not measured"))?;
-        Ok((name.to_owned(), row.value))
-    };
-    ROWS.into_iter().map(value).collect()
+    let all = SUBJECTS
+        .into_iter()
+        .flat_map(|(start, subject)| ROWS.map(|row| (start, row, subject)));
+    all.map(|(start, row, subject)| {
+        let name = format!("{start}{row}");
+        let value = rows::value(rows, row, subject);
+        let value = value.with_context(|| format!("row {name} was not measured"))?;
+        Ok((name, value))
+    })
+    .collect()
 }
 
 /// One line a row: what was measured, and what it was. The flag tells whether it is within bounds.
@@ -107,6 +115,25 @@ mod tests {
         let within = |now: f64| judge(&of(now), &of(10_000.0)).expect("a baseline")[0].1;
         assert!(within(5_000.0) && within(10_299.0));
         assert!(!within(10_301.0));
+    }
+
+    #[test]
+    fn rows_with_two_files_and_in_place_have_names_of_their_own() {
+        let row = |row: &str, (subject, variant): (&str, &str), value| Row {
+            row: row.to_owned(),
+            subject: subject.to_owned(),
+            variant: variant.to_owned(),
+            value,
+            unit: String::new(),
+        };
+        let of = |subject, value| ROWS.map(|name| row(name, subject, value));
+        let mut rows = of(MAIN, 2.0).to_vec();
+        assert!(values(&rows).is_err());
+        rows.extend(of(OURS_IN_PLACE, 1.0));
+        let values = values(&rows).expect("all of them");
+        assert_eq!(values.len(), 2 * ROWS.len());
+        assert_eq!(values["sequential-4k-to-private"], 2.0);
+        assert_eq!(values["in-place/sequential-4k-to-private"], 1.0);
     }
 
     #[test]

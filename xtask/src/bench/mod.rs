@@ -55,11 +55,11 @@ pub(crate) struct Options {
     #[arg(long, exclusive = true)]
     markdown: bool,
 
-    /// Compare five rows with xtask/baseline.json, as `cargo xtask test bench` does
+    /// Compare a few rows, with two files and in place, with xtask/baseline.json, as `cargo xtask test bench` does
     #[arg(long, conflicts_with = "only")]
     check: bool,
 
-    /// Measure the five rows and write them to xtask/baseline.json
+    /// Measure these rows and write them to xtask/baseline.json
     #[arg(long, conflicts_with = "only")]
     update_baseline: bool,
 
@@ -188,14 +188,14 @@ impl<'a> Bench<'a> {
         run::all(self, step, wanted, &how, measured)
     }
 
-    /// The five rows that are compared with the baseline.
+    /// The rows that are compared with the baseline.
     pub(crate) fn check_rows(&self, step: &Step) -> Result<Vec<Row>> {
         let how = How {
             jobs: 1,
             limit: Duration::from_secs(1800),
             plugin: None,
         };
-        run::all(self, step, &[plan::check()], &how, |_| {}).map(|outcome| outcome.rows)
+        run::all(self, step, &plan::checks(), &how, |_| {}).map(|outcome| outcome.rows)
     }
 }
 

@@ -13,6 +13,9 @@ const SIZE: u64 = 256 * MIB;
 /// The same where it converts 1 GiB.
 const LARGE_SIZE: u64 = 1280 * MIB;
 
+/// The same of one of which 64 GiB lie above 4 GiB: 2 GiB are below.
+const VAST_SIZE: u64 = 66 * GIB;
+
 /// Sizes of guests that are started.
 const START_SIZES: [u64; 4] = [GIB, 16 * GIB, 64 * GIB, 256 * GIB];
 
@@ -35,10 +38,10 @@ pub(crate) const SUBJECTS: [(&str, &str); 14] = [
 ];
 
 /// The subject whose memory is converted in place.
-const IN_PLACE: &str = "floor-in-place";
+pub(super) const IN_PLACE: &str = "floor-in-place";
 
 /// The same in QEMU.
-const OURS_IN_PLACE: (&str, &str) = ("ours", "mode=in-place");
+pub(super) const OURS_IN_PLACE: (&str, &str) = ("ours", "mode=in-place");
 
 /// The variant that is the library alone, without QEMU and without a guest.
 const LIBRARY: &str = "library";
@@ -52,10 +55,19 @@ const PINS: &str = "pins";
 /// Single pages in order, over 1 GiB.
 const SEQUENTIAL: &str = "sequential";
 
+/// One request for much memory that nobody has touched.
+const VAST: &str = "vast";
+
+/// A page that somebody holds, without a guest.
+const HELD: &str = "held";
+
+/// Memory that starts private, without a guest.
+const PRIVATE: &str = "private";
+
 /// Several vCPUs at once.
 const SCALE: &str = "scale";
 
-/// What is compared with the baseline: the row that all ours are measured by.
+/// With two files, what all ours are measured by.
 pub(crate) const MAIN: (&str, &str) = ("ours", "discard=now");
 
 /// One guest on one subject.
@@ -71,6 +83,7 @@ pub(crate) struct Measurement {
 pub(crate) fn all() -> Vec<Measurement> {
     // The longest first, so that the others run beside it.
     let mut all: Vec<_> = of(SEQUENTIAL, LARGE_SIZE).collect();
+    all.extend(of(VAST, VAST_SIZE));
     for bench in [
         "request",
         "fault",
@@ -85,6 +98,8 @@ pub(crate) fn all() -> Vec<Measurement> {
     for size in START_SIZES {
         all.extend(of("start", size));
     }
+    all.extend(of(HELD, SIZE));
+    all.extend(of(PRIVATE, SIZE));
     all.extend(of(LIBRARY, SIZE));
     all.extend(of(BOUNDS, SIZE));
     all.extend(of(PINS, SIZE));
@@ -131,14 +146,19 @@ fn of(bench: &'static str, size: u64) -> impl Iterator<Item = Measurement> {
     })
 }
 
-/// What CI looks at.
-pub(crate) fn check() -> Measurement {
-    Measurement {
-        subject: MAIN.0,
-        variant: MAIN.1,
+/// Does this subject convert in place?
+pub(super) fn is_in_place((subject, variant): (&str, &str)) -> bool {
+    subject == IN_PLACE || variant.starts_with(OURS_IN_PLACE.1)
+}
+
+/// What CI looks at: with two files, and in place.
+pub(crate) fn checks() -> [Measurement; 2] {
+    [MAIN, OURS_IN_PLACE].map(|(subject, variant)| Measurement {
+        subject,
+        variant,
         bench: "check",
         size: SIZE,
-    }
+    })
 }
 
 impl Measurement {
@@ -155,7 +175,14 @@ impl Measurement {
             (_, _, variant) if variant.starts_with("mode=mapped") => false,
             // The floor has no devices.
             ("disk", subject, variant) => subject == "upstream" || (subject, variant) == MAIN,
-            ("start" | SEQUENTIAL, _, variant) => {
+            // Only there does a page that somebody holds stay as it is.
+            (HELD, subject, variant) => {
+                subject == IN_PLACE && variant.is_empty() || (subject, variant) == OURS_IN_PLACE
+            }
+            (PRIVATE, subject, variant) => [MAIN, OURS_IN_PLACE].contains(&(subject, variant)),
+            // Upstream's path would allocate all of it.
+            (VAST, "upstream", _) => false,
+            ("start" | SEQUENTIAL | VAST, _, variant) => {
                 matches!(variant, "" | "discard=now" | "mode=in-place")
             }
             // Upstream's path sets the attribute at one address of a page only: a touch at the other
@@ -174,7 +201,7 @@ impl Measurement {
 
     /// Does it need a kernel that converts in place?
     pub(crate) fn in_place(&self) -> bool {
-        self.subject == IN_PLACE || self.variant.starts_with(OURS_IN_PLACE.1)
+        is_in_place((self.subject, self.variant))
     }
 
     /// Is it what CI looks at?

@@ -4,7 +4,7 @@
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use super::breakdown;
-use super::plan::SUBJECTS;
+use super::plan::{IN_PLACE, SUBJECTS, is_in_place};
 use super::rows::Row;
 
 /// The unit of rows that say how many times as much is done.
@@ -55,11 +55,15 @@ fn cell(of_row: &[&Row], subject: (&str, &str)) -> String {
     if subject.0 != "ours" {
         return value;
     }
+    let floor = match is_in_place(subject) {
+        true => IN_PLACE,
+        false => "floor",
+    };
     let ratio = |to: &str| match least(of_row, to) {
         Some(other) if other > 0.0 => format!("{:.2}", row.value / other),
         _ => "–".to_owned(),
     };
-    format!("{value} ({}, {})", ratio("upstream"), ratio("floor"))
+    format!("{value} ({}, {})", ratio("upstream"), ratio(floor))
 }
 
 fn number(row: &Row) -> String {
@@ -124,6 +128,17 @@ mod tests {
         let text = table(&rows).to_string();
         assert!(text.contains("1,200 (0.60, 1.50)"), "{text}");
         assert!(!text.contains("discard=keep"), "{text}");
+    }
+
+    #[test]
+    fn what_converts_in_place_stands_beside_the_floor_that_does() {
+        let rows = [
+            row("floor", "", 1000.0),
+            row("floor-in-place", "", 500.0),
+            row("ours", "mode=in-place", 600.0),
+        ];
+        let text = table(&rows).to_string();
+        assert!(text.contains("600 (–, 1.20)"), "{text}");
     }
 
     #[test]

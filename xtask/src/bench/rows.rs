@@ -99,6 +99,7 @@ impl Line {
             "io" if measurement.ordinary() => (format!("ordinary-{}", self.row), PER_REQUEST, 1.0),
             "io" => (self.row.clone(), PER_REQUEST, 1.0),
             "time" => (self.row.clone(), "instructions", 1.0),
+            "whole" => (self.name(), PER_REQUEST, 1.0),
             _ => (self.name(), PER_PAGE, self.units),
         };
         let name = match measurement.suffix() {
@@ -167,10 +168,11 @@ pub(super) fn rows(measurement: &Measurement, lines: &[Line], clock: Clock) -> R
             // What idling takes is subtracted already.
             ("idle", _) => {}
             ("request" | "touch" | "later", _) => rows.add_conversion(line, &lines),
-            ("repeat" | "time" | "page", _) => rows.add(name, mean, unit),
+            ("repeat" | "time" | "page" | "whole", _) => rows.add(name, mean, unit),
             // All are alike, and few; what else level 1 does is in some of them.
             ("exit" | "io", _) => rows.add(name, line.median, unit),
             ("nanoseconds", _) => rows.add(name, line.mean, "ns"),
+            ("tries", _) => rows.add(name + "-tries", line.mean, "tries"),
             ("memory", _) => rows.add(name, line.mean, "bytes"),
             (memory, _) => {
                 let line = Line {
@@ -253,6 +255,11 @@ mod tests {
         Line::parse(&text).expect("a line of the guest")
     }
 
+    fn check() -> Measurement {
+        let [two_files, _] = super::super::plan::checks();
+        two_files
+    }
+
     fn value(rows: &[Row], name: &str) -> Option<f64> {
         rows.iter().find(|row| row.row == name).map(|row| row.value)
     }
@@ -265,8 +272,7 @@ mod tests {
             line("convert-64k", "private", "repeat", 16, 2, 4_000),
             line("convert-64k", "private", "later", 32, 1, 320),
         ];
-        let check = super::super::plan::check();
-        let rows = rows(&check, &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "convert-64k-to-private"), Some(3000.0));
         assert_eq!(value(&rows, "convert-64k-to-private-later"), Some(10.0));
         assert_eq!(value(&rows, "convert-64k-to-private-request"), Some(1000.0));
@@ -277,7 +283,7 @@ mod tests {
     #[test]
     fn a_fault_is_a_touch_that_converts() {
         let lines = [line("fault-4k", "shared", "touch", 1, 2, 40)];
-        let rows = rows(&super::super::plan::check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "fault-4k-to-shared"), Some(20.0));
     }
 
@@ -286,7 +292,7 @@ mod tests {
         let text = "# measured row=exit direction=port part=exit units=1 samples=64 total=1064000 \
                     least=2000 median=2000 p99=900000 most=900000";
         let lines = [Line::parse(text).expect("a line of the guest")];
-        let rows = rows(&super::super::plan::check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "exit-port"), Some(2000.0));
     }
 
@@ -300,7 +306,7 @@ mod tests {
             line("convert-4k", "private", "later", 1, 1, 77),
             line("ordinary-prealloc", "none", "page", 10, 1, 100),
         ];
-        let rows = rows(&super::super::plan::check(), &lines, clock).expect("rows");
+        let rows = rows(&check(), &lines, clock).expect("rows");
         assert_eq!(value(&rows, "convert-4k-to-private"), Some(50.0));
         assert_eq!(value(&rows, "ordinary-prealloc"), Some(10.0));
         assert_eq!(rows[0].unit, "ns/page");
@@ -309,8 +315,7 @@ mod tests {
     #[test]
     fn a_clock_that_does_not_count_instructions_is_noticed() {
         let lines = [line("loop", "none", "instruction", 100, 1, 240)];
-        let error =
-            rows(&super::super::plan::check(), &lines, Clock::Instructions).expect_err("an error");
+        let error = rows(&check(), &lines, Clock::Instructions).expect_err("an error");
         assert!(error.to_string().contains("2.4"), "{error}");
     }
 
@@ -322,7 +327,7 @@ mod tests {
             Line::parse(text).expect("a line of the guest"),
             line("convert-4k", "private", "request", 1, 1, 100),
         ];
-        let rows = rows(&super::super::plan::check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "convert-4k-to-private"), Some(100.0));
     }
 
