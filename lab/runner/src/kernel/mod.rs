@@ -10,6 +10,7 @@ mod selftests;
 mod slots;
 mod touch;
 mod uapi;
+mod vapic;
 mod vcpu;
 mod views;
 
@@ -81,6 +82,7 @@ fn all(options: &Options, in_place: bool) -> Vec<Test> {
         tests.extend(views::tests());
         tests.extend(held::tests());
         tests.extend(ranges::tests());
+        tests.extend(vapic::tests());
     }
     if let Some(folder) = &options.selftests {
         tests.extend(selftests::tests(folder, in_place));

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! A vCPU that reads and writes where it is told to.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
+
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
 
 use super::memory::Map;
 use super::uapi;
@@ -27,6 +30,13 @@ const SWEEP: (u64, &[u8]) = (
         0xe7, 0x80, 0xeb, 0xed,
     ],
 );
+
+/// `KVM_SET_VAPIC_ADDR`.
+const SET_VAPIC_ADDR: Opcode = opcode::write::<u64>(0xae, 0x93);
+
+/// The spurious interrupt vector's place among the APIC's registers; its second byte's lowest bit
+/// switches the APIC on.
+const SPURIOUS: usize = 0xf0;
 
 /// How an access ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +83,18 @@ impl Vcpu {
         special.cr0 = 0x11;
         vcpu.set_sregs(&special).context("KVM_SET_SREGS")?;
         Ok(Self { vcpu, _code: code })
+    }
+
+    /// Has KVM read and write the vAPIC's word here. The VM has to have interrupt controllers.
+    pub(super) fn use_vapic(&self, gpa: u64) -> Result<()> {
+        let mut apic = self.vcpu.get_lapic().context("KVM_GET_LAPIC")?;
+        apic.regs[SPURIOUS + 1] |= 1;
+        self.vcpu.set_lapic(&apic).context("KVM_SET_LAPIC")?;
+        // SAFETY: the vCPU's descriptor is open as long as `self` lives.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.vcpu.as_raw_fd()) };
+        // SAFETY: the request reads one such number and keeps nothing of it.
+        let set = unsafe { ioctl(fd, Setter::<SET_VAPIC_ADDR, u64>::new(gpa)) };
+        set.context("KVM_SET_VAPIC_ADDR")
     }
 
     /// Reads from memory.

@@ -47,6 +47,7 @@ pub(super) fn tests() -> Vec<Test> {
         test("other-process", root, other_process),
         test("stray-access", root, stray_access),
         test("refused", private, refused),
+        test("parameter-off", &[Need::TwoFiles], parameter_off),
     ]
 }
 
@@ -253,22 +254,47 @@ fn mapping(pid: u32) -> Result<u64> {
     bail!("no guest_memfd is mapped:\n{maps}")
 }
 
+/// QEMU refuses its command line and says so.
+fn is_refused(context: &Context, vm: &Vm, words: &[&str]) -> Result<()> {
+    let stderr = context.start_refused(vm)?.stderr;
+    for word in words {
+        ensure!(stderr.contains(word), "{word} is not in: {stderr}");
+    }
+    Ok(())
+}
+
+/// With the kernel's parameter off, the mode is refused with the parameter's name, and whoever leaves
+/// the choice to the library has two files.
+fn parameter_off(context: &Context) -> Result<()> {
+    let words = [
+        "mode=in-place is not possible",
+        "Linux 7.4",
+        "kvm.gmem_in_place_conversion=1",
+    ];
+    for vm in [Vm::protected(SIZE), Vm::ordinary(SIZE)] {
+        let vm = vm.with_backend_properties("mode=in-place");
+        is_refused(context, &vm, &words)?;
+    }
+    let mut qemu = context.start(&Vm::protected(SIZE))?;
+    let backend = query::backend(&mut qemu.qmp)?;
+    ensure!(backend.mode == "private", "its mode is {}", backend.mode);
+    qemu.qmp.run("quit", json!({}))?;
+    Ok(())
+}
+
 /// What belongs to two files, and a mode that this kernel does not have.
 fn refused(context: &Context) -> Result<()> {
-    let refused = |vm: &Vm, words: &[&str]| -> Result<()> {
-        let stderr = context.start_refused(vm)?.stderr;
-        for word in words {
-            ensure!(stderr.contains(word), "{word} is not in: {stderr}");
-        }
-        Ok(())
-    };
     for (properties, words) in [
         ("discard=keep", &["discard=keep", "discard=now"][..]),
         ("lazy-attributes=on", &["lazy-attributes=auto"]),
         ("guard=report", &["guard=report", "in place"]),
         (
             "mode=private",
-            &["mode=private is not possible", "use mode=in-place"],
+            &[
+                "mode=private is not possible",
+                "use mode=in-place",
+                "kvm.gmem_in_place_conversion=0",
+            ],
         ),
         (
             "mode=mapped",
@@ -276,14 +302,12 @@ fn refused(context: &Context) -> Result<()> {
         ),
         ("bind=on", &["mode=mapped"]),
     ] {
-        refused(
-            &guests::with_properties(Vm::protected(SIZE), properties),
-            words,
-        )
-        .context(properties)?;
+        let vm = guests::with_properties(Vm::protected(SIZE), properties);
+        is_refused(context, &vm, words).context(properties)?;
     }
     let ordinary = Vm::ordinary(SIZE).with_backend_properties("mode=in-place");
-    refused(&ordinary, &["mode=in-place is not possible"])?;
+    let words = ["mode=in-place is not possible", "a confidential guest"];
+    is_refused(context, &ordinary, &words)?;
     // An ordinary VM on this kernel is as it always was.
     let mut qemu = context.start(&Vm::ordinary(SIZE))?;
     let backend = query::backend(&mut qemu.qmp)?;
