@@ -45,9 +45,8 @@ struct HeldRange {
 }
 
 impl Held {
-    /// Is anything in the way of a claim, held or waited for before it?
-    fn blocks(&self, claim: u64, wanted: &[(BackendId, FilePages)]) -> bool {
-        let me = thread::current().id();
+    /// Is anything in the way of a claim of a thread's, held or waited for before it?
+    fn blocks(&self, me: ThreadId, claim: u64, wanted: &[(BackendId, FilePages)]) -> bool {
         let holds = self.ranges.iter().any(|held| held.thread == me);
         let earlier = self
             .waiting
@@ -60,8 +59,7 @@ impl Held {
         })
     }
 
-    fn hold(&mut self, claim: u64, wanted: &[(BackendId, FilePages)]) {
-        let thread = thread::current().id();
+    fn hold(&mut self, thread: ThreadId, claim: u64, wanted: &[(BackendId, FilePages)]) {
         let ranges = wanted.iter().map(|&(backend, pages)| HeldRange {
             claim,
             thread,
@@ -94,10 +92,11 @@ impl Claims {
         wanted: &[(BackendId, FilePages)],
         interrupted: impl Fn() -> bool,
     ) -> Option<Claim<'_>> {
+        let me = thread::current().id();
         let mut held = self.held.lock();
         let claim = held.next_id;
         held.next_id += 1;
-        if held.blocks(claim, wanted) {
+        if held.blocks(me, claim, wanted) {
             held.waiting.push(Waiting {
                 claim,
                 wanted: wanted.to_vec(),
@@ -107,7 +106,7 @@ impl Claims {
                 claims: self,
                 claim,
             };
-            while held.blocks(claim, wanted) {
+            while held.blocks(me, claim, wanted) {
                 self.released.wait_for(&mut held, ASK_INTERVAL);
                 drop(held);
                 if interrupted() {
@@ -115,24 +114,25 @@ impl Claims {
                 }
                 held = self.held.lock();
             }
-            held.hold(claim, wanted);
+            held.hold(me, claim, wanted);
             drop(held);
             drop(place);
         } else {
-            held.hold(claim, wanted);
+            held.hold(me, claim, wanted);
         }
         Some(self.granted(claim))
     }
 
     /// The same for those who would rather do without than wait.
     pub fn try_claim(&self, wanted: &[(BackendId, FilePages)]) -> Option<Claim<'_>> {
+        let me = thread::current().id();
         let mut held = self.held.lock();
         let claim = held.next_id;
-        if held.blocks(claim, wanted) {
+        if held.blocks(me, claim, wanted) {
             return None;
         }
         held.next_id += 1;
-        held.hold(claim, wanted);
+        held.hold(me, claim, wanted);
         Some(self.granted(claim))
     }
 
