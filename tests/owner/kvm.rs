@@ -52,9 +52,10 @@ pub(crate) fn possible(modes: &[(Mode, bool)]) -> Vec<(Mode, bool)> {
     possible
 }
 
-pub(crate) fn machine(mode: (Mode, bool)) -> std::result::Result<Machine, String> {
+/// KVM as the owner of a VM for a mode, and the VM.
+pub(crate) fn owner(mode: Mode) -> std::result::Result<(KvmOwner, VmFd), String> {
     let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
-    let kind = match mode.0 {
+    let kind = match mode {
         Mode::Private | Mode::InPlace => KVM_X86_SW_PROTECTED_VM,
         _ => KVM_X86_DEFAULT_VM,
     };
@@ -65,6 +66,11 @@ pub(crate) fn machine(mode: (Mode, bool)) -> std::result::Result<Machine, String
     let [kvm_fd, vm_fd] =
         [kvm.as_raw_fd(), kvm_vm.as_raw_fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
     let owner = KvmOwner::new(kvm_fd, vm_fd).map_err(|error| error.to_string())?;
+    Ok((owner, kvm_vm))
+}
+
+pub(crate) fn machine(mode: (Mode, bool)) -> std::result::Result<Machine, String> {
+    let (owner, kvm_vm) = owner(mode.0)?;
     let (vm, backend, bindings) = vm(Arc::new(owner), mode).map_err(|error| error.to_string())?;
 
     let mut memory = Vec::new();

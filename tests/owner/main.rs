@@ -44,6 +44,44 @@ fn kvm_private_memory() {
     }
 }
 
+/// As that of a guest whose firmware is measured. How large it is makes no difference: the file is
+/// made like this.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn kvm_memory_in_place_that_starts_private() {
+    use guestmemfd::*;
+    use std::sync::Arc;
+
+    struct Silent;
+    impl Listener for Silent {}
+
+    // Without it `kvm_private_memory` says what is missing.
+    let Ok((owner, _vm)) = kvm::owner(Mode::InPlace) else {
+        return;
+    };
+    if owner.check_in_place().is_err() {
+        return;
+    }
+    let vm = Vm::new(Arc::new(owner), Box::new(Silent));
+    let mut config = BackendConfig::new("ram", 1 << 40);
+    config.start = PageState::Private;
+    let backend = vm.create_backend(config).unwrap();
+    assert_eq!(backend.mode(), Mode::InPlace);
+    let all = GuestPages::new(0, backend.pages().count()).unwrap();
+    vm.add_window(&backend, all, 0, Binding::Bound).unwrap();
+    let last = GuestPages::new(all.end() - 1, all.end()).unwrap();
+    let gpa = last.start_bytes();
+    let is_private = |vm: &Vm| {
+        let error = vm.write(gpa, &[1]).unwrap_err();
+        assert!(matches!(error, Error::PrivateMemory { .. }), "{error}");
+    };
+    is_private(&vm);
+    vm.convert(last, View::Shared).unwrap();
+    vm.write(gpa, &[7]).unwrap();
+    vm.convert(last, View::Private).unwrap();
+    is_private(&vm);
+}
+
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn kvm_mapped_memory() {
