@@ -20,9 +20,13 @@ const END_OF_INTERRUPT: u64 = 0xb0;
 const SPURIOUS: u64 = 0xf0;
 const COMMAND: u64 = 0x300;
 const TIMER: u64 = 0x320;
+const LINT0: u64 = 0x350;
 const TIMER_INITIAL: u64 = 0x380;
 const TIMER_DIVIDE: u64 = 0x3e0;
 
+/// Whatever the legacy controller has.
+const EXTERNAL: u32 = 7 << 8;
+const MASKED: u32 = 1 << 16;
 const PENDING: u32 = 1 << 12;
 const TO_ALL_OTHERS: u32 = 3 << 18 | 1 << 14;
 const INIT: u32 = 5 << 8;
@@ -95,6 +99,11 @@ pub(crate) extern "C" fn timer(rip: u64) {
             cpu::timestamp().wrapping_sub(STARTED.load(Ordering::Relaxed)) / 1_000_000
         ));
     }
+}
+
+/// Lets the legacy interrupt controller interrupt this CPU, or not.
+pub(crate) fn accept_legacy(on: bool) {
+    write(LINT0, if on { EXTERNAL } else { EXTERNAL | MASKED });
 }
 
 /// Resets all other CPUs.

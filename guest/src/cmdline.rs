@@ -48,11 +48,15 @@ pub enum Scenario {
     Dma,
     /// Has its page tables in private memory.
     Tables,
+    /// Takes away what devices keep mapped as long as they run.
+    Kept,
+    /// Interrupts while a request waits.
+    Waiting,
 }
 
 impl Scenario {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::Idle,
         Self::Hypercall,
         Self::Fault,
@@ -73,6 +77,8 @@ impl Scenario {
         Self::Vhost,
         Self::Dma,
         Self::Tables,
+        Self::Kept,
+        Self::Waiting,
     ];
 
     /// Does it have to convert memory? If not, ordinary guests can run it.
@@ -118,6 +124,8 @@ impl Scenario {
             Self::Vhost => "vhost",
             Self::Dma => "dma",
             Self::Tables => "tables",
+            Self::Kept => "kept",
+            Self::Waiting => "waiting",
         }
     }
 }
@@ -484,7 +492,8 @@ mod tests {
         assert_eq!(
             Options::parse("scenario=x").unwrap_err().to_string(),
             "there is no scenario 'x': use scenario=idle,hypercall,fault,bad,storm,hostile,flip,\
-             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,dma,tables,all"
+             reset,large,race,sweep,dirty,balloon,reporting,disk,device,clock,vhost,dma,tables,kept,\
+             waiting,all"
         );
     }
 }

@@ -17,6 +17,7 @@ const DMA_SIGNATURE: u32 = u32::from_le_bytes(*b"QEMU");
 const ERROR: u32 = 1;
 const READ: u32 = 2;
 const SELECT: u32 = 8;
+const WRITE: u32 = 16;
 
 const CPUS: u16 = 0x05;
 const DIRECTORY: u16 = 0x19;
@@ -132,6 +133,18 @@ pub(crate) unsafe fn read_to(selector: u16, address: u64, length: u32) -> Result
         DEVICE
             .lock()
             .transfer(select(selector) | READ, address, length)
+    }
+}
+
+/// Writes an item. What a device does that is told something by it, the caller answers for.
+pub(crate) fn write(selector: u16, item: &[u8]) -> Result<(), Error> {
+    // SAFETY: QEMU only reads what is there.
+    unsafe {
+        DEVICE.lock().transfer(
+            select(selector) | WRITE,
+            item.as_ptr() as u64,
+            item.len() as u32,
+        )
     }
 }
 

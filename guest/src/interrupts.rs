@@ -2,13 +2,17 @@
 //! Descriptor tables, and what happens on an exception: the guest says where and why, and ends.
 
 use crate::cpu::{self, FIRST_TSS, MAX_CPUS};
-use crate::{serial, tap};
+use crate::{pic, serial, tap};
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The vector of the local APIC's timer.
 pub(crate) const TIMER_VECTOR: u8 = 0x20;
+
+/// How often each of the legacy interrupts has come, see [`pic::VECTORS`].
+static COUNTS: [AtomicU64; pic::VECTORS.len()] = [const { AtomicU64::new(0) }; 2];
 
 const CODE: u16 = 0x18;
 const EXCEPTIONS: usize = 32;
@@ -25,12 +29,14 @@ core::arch::global_asm!(
     include_str!("interrupts.s"),
     exception = sym exception,
     timer = sym crate::apic::timer,
+    counts = sym COUNTS,
     options(att_syntax)
 );
 
 unsafe extern "C" {
     fn exception_entries();
     fn timer_entry();
+    fn counted_entries();
     fn ignore_entry();
 }
 
@@ -164,7 +170,16 @@ fn fill_gates(gates: &mut [[u64; 2]; 256]) {
             _ => gate(ignore_entry as *const () as u64, TIMER_STACK),
         };
     }
+    let entries = counted_entries as *const () as u64;
+    for (index, vector) in pic::VECTORS.into_iter().enumerate() {
+        gates[usize::from(vector)] = gate(entries + 32 * index as u64, TIMER_STACK);
+    }
     gates[usize::from(TIMER_VECTOR)] = gate(timer_entry as *const () as u64, TIMER_STACK);
+}
+
+/// How often each of the legacy interrupts has come.
+pub(crate) fn counted() -> [u64; pic::VECTORS.len()] {
+    COUNTS.each_ref().map(|count| count.load(Ordering::Relaxed))
 }
 
 /// An interrupt gate: interrupts stay off in the handler.

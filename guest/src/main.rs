@@ -9,6 +9,7 @@
 #![cfg_attr(panic = "abort", no_std, no_main)]
 #![cfg_attr(not(panic = "abort"), allow(dead_code))]
 
+mod ahci;
 mod apic;
 mod boot;
 mod cpu;
@@ -21,6 +22,7 @@ mod memmap;
 mod memory;
 mod paging;
 mod pci;
+mod pic;
 mod plan;
 mod scenarios;
 mod serial;

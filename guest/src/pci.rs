@@ -8,11 +8,13 @@ const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
 const ID: u32 = 0x00;
 const COMMAND: u32 = 0x04;
+/// Revision, interface, and the class in 16 bits.
+const CLASS: u32 = 0x08;
 const MEMORY_AND_BUS_MASTER: u32 = 2 | 4;
 const BAR0: u32 = 0x10;
 const BAR_64_BIT: u32 = 4;
 
-/// A device, by its number on the bus.
+/// A device's function, by its number on the bus: eight times that of the device, and which one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device(u32);
 
@@ -20,18 +22,31 @@ impl Device {
     /// The first whose device and vendor number are accepted, ready to be used.
     pub(crate) fn find(accepted: impl Fn(u32) -> bool) -> Option<Self> {
         let device = (0..32)
-            .map(Self)
+            .map(|number| Self(8 * number))
             .find(|device| accepted(device.config(ID)))?;
-        let command = device.config(COMMAND);
+        device.enable();
+        Some(device)
+    }
+
+    /// The first function of a class, ready to be used.
+    pub(crate) fn of_class(class: u32) -> Option<Self> {
+        let function = (0..256)
+            .map(Self)
+            .find(|function| function.config(CLASS) >> 16 == class)?;
+        function.enable();
+        Some(function)
+    }
+
+    fn enable(self) {
+        let command = self.config(COMMAND);
         // SAFETY: the device may use memory from here on; it does once it is told to.
         unsafe { out32(CONFIG_DATA, command | MEMORY_AND_BUS_MASTER) };
-        Some(device)
     }
 
     /// A word of its configuration space.
     pub(crate) fn config(self, register: u32) -> u32 {
         // SAFETY: this only selects what CONFIG_DATA is about.
-        unsafe { out32(CONFIG_ADDRESS, 1 << 31 | self.0 << 11 | register) };
+        unsafe { out32(CONFIG_ADDRESS, 1 << 31 | self.0 << 8 | register) };
         in32(CONFIG_DATA)
     }
 
@@ -58,6 +73,11 @@ impl Registers {
     /// Those that begin further behind.
     pub(crate) fn at(self, offset: u64) -> Self {
         Self(self.0 + offset)
+    }
+
+    /// The address of the first.
+    pub(crate) fn address(self) -> u64 {
+        self.0
     }
 
     /// Reads one, which is aligned to its size.

@@ -38,6 +38,7 @@ const ACCESS_PLATFORM: u32 = 2;
 
 const NEXT: u16 = 1;
 const WRITABLE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 const PAGE: usize = 4096;
 /// Room for the rings of a queue of 256.
@@ -50,6 +51,8 @@ pub(crate) enum Kind {
     Disk = 2,
     /// virtio-balloon.
     Balloon = 5,
+    /// virtio-gpu.
+    Gpu = 16,
     /// virtio-sound.
     Sound = 25,
 }
@@ -61,7 +64,8 @@ impl Kind {
         let transitional = match self {
             Self::Disk => 0x1001,
             Self::Balloon => 0x1002,
-            // It has no legacy interface.
+            // These have no legacy interface.
+            Self::Gpu => 0x1050,
             Self::Sound => 0x1059,
         };
         let modern = 0x1040 + self as u32;
@@ -103,38 +107,22 @@ impl Queue {
     pub(crate) fn open(kind: Kind, features: u32, number: u16) -> Result<Self, &'static str> {
         let rings = RINGS.lock();
         let device = find(kind)?;
-        let (common, _) = registers(device, COMMON)?;
-        reset(common);
-        common.put(STATUS, DRIVER);
-        for (word, wanted, taken) in [(0_u32, features, 0), (1, VERSION_1, ACCESS_PLATFORM)] {
-            common.put(DEVICE_FEATURE_SELECT, word);
-            let offered = common.get::<u32>(DEVICE_FEATURE);
-            if offered & wanted != wanted {
-                return Err("the virtio device lacks a feature: see guest/README.md");
-            }
-            common.put(DRIVER_FEATURE_SELECT, word);
-            common.put(DRIVER_FEATURE, wanted | offered & taken);
-        }
-        common.put(STATUS, DRIVER | FEATURES_OK);
-        common.put(QUEUE_SELECT, number);
-        let size = usize::from(common.get::<u16>(QUEUE_SIZE));
-        if size == 0 || used_at(size) + 6 + 8 * size > RING_BYTES {
-            return Err("the virtio device has no queue of 1 to 256 entries there");
+        let common = negotiate(device, u64::from(features))?;
+        let size = select(common, number)?;
+        if used_at(size) + 6 + 8 * size > RING_BYTES {
+            return Err("the virtio device has queues of more than 256 entries");
         }
         let at = rings.0.get();
         // SAFETY: no device has these rings: the one that had them last has been reset.
         unsafe { at.write_bytes(0, 1) };
-        put_address(common, QUEUE_DESCRIPTORS, at as u64);
-        put_address(common, QUEUE_AVAILABLE, at as u64 + 16 * size as u64);
-        put_address(common, QUEUE_USED, at as u64 + used_at(size) as u64);
-        common.put(QUEUE_ENABLE, 1_u16);
-        let (notify, multiplier) = registers(device, NOTIFY)?;
-        let offset = u64::from(common.get::<u16>(QUEUE_NOTIFY_OFF)) * u64::from(multiplier);
+        let at = at as u64;
+        let parts = [at, at + 16 * size as u64, at + used_at(size) as u64];
+        let notify = enable(device, common, parts)?;
         common.put(STATUS, DRIVER | FEATURES_OK | DRIVER_OK);
         Ok(Self {
             rings,
             common,
-            notify: notify.at(offset),
+            notify,
             number,
             size,
             done: 0,
@@ -154,6 +142,10 @@ impl Queue {
     pub(crate) unsafe fn request(&mut self, buffers: &[Buffer]) -> Result<(), &'static str> {
         // SAFETY: the caller's promise.
         unsafe { self.give(buffers) };
+        self.wait()
+    }
+
+    fn wait(&self) -> Result<(), &'static str> {
         while self.get16(used_at(self.size) + 2) != self.done {
             if self.common.get::<u8>(STATUS) & NEEDS_RESET != 0 {
                 return Err("the virtio device has given up and wants to be reset");
@@ -161,6 +153,48 @@ impl Queue {
         }
         fence(Ordering::SeqCst);
         Ok(())
+    }
+
+    /// The same with descriptors that lie in a page elsewhere.
+    ///
+    /// # Safety
+    ///
+    /// As for `request`; nothing lives in the page.
+    pub(crate) unsafe fn indirect(
+        &mut self,
+        table: u64,
+        buffers: &[Buffer],
+    ) -> Result<(), &'static str> {
+        for (index, buffer) in buffers.iter().enumerate() {
+            let last = index + 1 == buffers.len();
+            for (part, word) in descriptor(buffer, index, last).into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    (table as *mut u64)
+                        .add(2 * index + part)
+                        .write_volatile(word)
+                };
+            }
+        }
+        // SAFETY: as for `request`.
+        unsafe { self.at_table(table, buffers.len()) }
+    }
+
+    /// The same with what a table holds already.
+    ///
+    /// # Safety
+    ///
+    /// The device uses what the table says.
+    pub(crate) unsafe fn at_table(
+        &mut self,
+        table: u64,
+        descriptors: usize,
+    ) -> Result<(), &'static str> {
+        self.put(0, table);
+        self.put(8, (descriptors * 16) as u32);
+        self.put(12, INDIRECT);
+        self.offer();
+        self.wait()
     }
 
     /// Hands one request to the device.
@@ -172,12 +206,15 @@ impl Queue {
         assert!(buffers.len() <= self.size);
         for (index, buffer) in buffers.iter().enumerate() {
             let last = index + 1 == buffers.len();
-            let flags = if last { 0 } else { NEXT } | if buffer.writable { WRITABLE } else { 0 };
-            self.put(16 * index, buffer.address);
-            self.put(16 * index + 8, buffer.length);
-            self.put(16 * index + 12, flags);
-            self.put(16 * index + 14, index as u16 + 1);
+            let [address, rest] = descriptor(buffer, index, last);
+            self.put(16 * index, address);
+            self.put(16 * index + 8, rest);
         }
+        self.offer();
+    }
+
+    /// The caller answers for what the first descriptor says.
+    fn offer(&mut self) {
         // Every request begins at descriptor 0.
         let available = 16 * self.size;
         self.put(
@@ -219,6 +256,66 @@ impl Queue {
     }
 }
 
+/// A device whose queues lie where the caller wants them, and get no requests.
+#[derive(Debug)]
+pub(crate) struct Running {
+    common: Registers,
+    notify: [Registers; Running::MOST],
+    queues: usize,
+}
+
+impl Running {
+    /// As many queues as it may have.
+    const MOST: usize = 4;
+
+    /// Resets the device, takes `features`, and starts a queue in three pages at each address.
+    ///
+    /// # Safety
+    ///
+    /// The pages are the device's as long as this lives.
+    pub(crate) unsafe fn start(
+        kind: Kind,
+        features: u64,
+        queues: &[u64],
+    ) -> Result<Self, &'static str> {
+        assert!((1..=Self::MOST).contains(&queues.len()));
+        let device = find(kind)?;
+        let common = negotiate(device, features)?;
+        let mut notify = [common; Self::MOST];
+        for (number, (at, notify)) in queues.iter().zip(&mut notify).enumerate() {
+            if 16 * select(common, number as u16)? > PAGE {
+                return Err("the virtio device has queues of more than 256 entries");
+            }
+            let parts = [0, 1, 2].map(|part| at + part * PAGE as u64);
+            *notify = enable(device, common, parts)?;
+        }
+        common.put(STATUS, DRIVER | FEATURES_OK | DRIVER_OK);
+        Ok(Self {
+            common,
+            notify,
+            queues: queues.len(),
+        })
+    }
+
+    /// Has the device look at a queue.
+    pub(crate) fn notify(&self, number: usize) {
+        assert!(number < self.queues);
+        fence(Ordering::SeqCst);
+        self.notify[number].put(0, number as u16);
+    }
+
+    /// Does it want to be reset?
+    pub(crate) fn has_given_up(&self) -> bool {
+        self.common.get::<u8>(STATUS) & NEEDS_RESET != 0
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        reset(self.common);
+    }
+}
+
 impl Drop for Queue {
     fn drop(&mut self) {
         // A reset device leaves the rings alone.
@@ -226,11 +323,63 @@ impl Drop for Queue {
     }
 }
 
+/// Resets a device, and takes features, all of which it must have. Returns its registers.
+fn negotiate(device: Device, features: u64) -> Result<Registers, &'static str> {
+    let (common, _) = registers(device, COMMON)?;
+    reset(common);
+    common.put(STATUS, DRIVER);
+    let high = VERSION_1 | (features >> 32) as u32;
+    for (word, wanted, taken) in [(0_u32, features as u32, 0), (1, high, ACCESS_PLATFORM)] {
+        common.put(DEVICE_FEATURE_SELECT, word);
+        let offered = common.get::<u32>(DEVICE_FEATURE);
+        if offered & wanted != wanted {
+            return Err("the virtio device lacks a feature: see guest/README.md");
+        }
+        common.put(DRIVER_FEATURE_SELECT, word);
+        common.put(DRIVER_FEATURE, wanted | offered & taken);
+    }
+    common.put(STATUS, DRIVER | FEATURES_OK);
+    Ok(common)
+}
+
+/// Selects a queue. Returns how many entries it has.
+fn select(common: Registers, number: u16) -> Result<usize, &'static str> {
+    common.put(QUEUE_SELECT, number);
+    match common.get::<u16>(QUEUE_SIZE) {
+        0 => Err("the virtio device has no such queue"),
+        size => Ok(usize::from(size)),
+    }
+}
+
+/// Gives the queue that is selected its three parts. Returns where it is notified.
+fn enable(device: Device, common: Registers, parts: [u64; 3]) -> Result<Registers, &'static str> {
+    for (register, at) in [QUEUE_DESCRIPTORS, QUEUE_AVAILABLE, QUEUE_USED]
+        .into_iter()
+        .zip(parts)
+    {
+        put_address(common, register, at);
+    }
+    common.put(QUEUE_ENABLE, 1_u16);
+    let (notify, multiplier) = registers(device, NOTIFY)?;
+    let offset = u64::from(common.get::<u16>(QUEUE_NOTIFY_OFF)) * u64::from(multiplier);
+    Ok(notify.at(offset))
+}
+
 fn reset(common: Registers) {
     common.put(STATUS, 0_u8);
     while common.get::<u8>(STATUS) != 0 {
         core::hint::spin_loop();
     }
+}
+
+/// `struct virtq_desc`, which goes on with the next one unless it is the last.
+fn descriptor(buffer: &Buffer, index: usize, last: bool) -> [u64; 2] {
+    let flags = if last { 0 } else { NEXT } | if buffer.writable { WRITABLE } else { 0 };
+    let next = index as u64 + 1;
+    [
+        buffer.address,
+        u64::from(buffer.length) | u64::from(flags) << 32 | next << 48,
+    ]
 }
 
 /// Where the used ring begins: behind descriptors and available ring, in a page of its own.

@@ -5,6 +5,8 @@
 use super::Run;
 use crate::failure::Failure;
 use crate::hypercall::{self, ENCRYPTED};
+use crate::pci::Device;
+use crate::tap;
 use crate::tester::{Check, EINVAL, Tester};
 use core::ops::Range;
 use guestmemfd_guest::PAGE_SIZE;
@@ -22,6 +24,8 @@ const INTENTS: [Intent; 2] = [Private, Shared];
 const FOUR_GIB: u64 = 4 << 30;
 /// Between the PCI devices' part of the address space and the APICs, on pc and q35.
 const MMIO: u64 = 0xfeb0_0000;
+/// Pages of a display's memory: 1 MiB of what it has.
+const BAR_PAGES: u64 = 256;
 /// Pages that no 64-bit address has.
 const ALL_PAGES: u64 = 1 << 52;
 
@@ -107,6 +111,13 @@ pub(super) fn run_at_edge(run: &mut Run<'_>, ram_end: u64) {
             shared_over_mmio(tester)?;
             intact(tester, edge())
         });
+        if let Some(bar) = ram_bar() {
+            tap::note(format_args!("bad: ram-bar={}", bar / PAGE_SIZE));
+            run.test("so it is over a BAR that is RAM", |tester| {
+                shared_over_ram(tester, bar)?;
+                intact(tester, edge())
+            });
+        }
     }
     run.test("good requests still work at the end of RAM", |tester| {
         good(tester, edge())
@@ -161,6 +172,32 @@ fn shared_over_mmio(tester: &mut Tester<'_>) -> Check {
             expected: "0 or -22 (EINVAL)",
         }),
     }
+}
+
+/// The memory of a display, if there is one.
+fn ram_bar() -> Option<u64> {
+    /// QEMU's, which has its memory in the first BAR.
+    const ID: u32 = 0x1111_1234;
+    let display = Device::find(|id| id == ID)?;
+    Some(display.registers(0, 0).address())
+}
+
+/// It is shared already, as is what lies around it, and cannot be anything else.
+fn shared_over_ram(tester: &mut Tester<'_>, bar: u64) -> Check {
+    for (gpa, pages) in [(bar, 1), (bar, BAR_PAGES), (bar - PAGE_SIZE, BAR_PAGES + 2)] {
+        let got = hypercall::map_gpa_range(gpa, pages, 0);
+        if got != 0 {
+            return Err(Failure::Request {
+                gpa,
+                pages,
+                attributes: 0,
+                got,
+                expected: "0",
+            });
+        }
+        tester.refused(gpa, pages, ENCRYPTED)?;
+    }
+    Ok(())
 }
 
 /// The private pages become shared and the shared ones private.

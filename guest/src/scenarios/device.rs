@@ -2,12 +2,14 @@
 //! Devices and private memory: what is private stays out of their reach, and what they use does not
 //! become private.
 
+use super::kept::per_millisecond;
 use super::sweep::rest;
 use super::{Run, disk};
 use crate::failure::Failure;
 use crate::tester::{Check, Expected, GRANTED, Tester};
 use crate::virtio::{Buffer, Kind, Queue};
 use crate::{apic, cpu, fwcfg, tap, vapic};
+use core::sync::atomic::AtomicU32;
 use guestmemfd_guest::model::Intent::{Private, Shared};
 use guestmemfd_guest::{DISK_PART, PAGE_SIZE};
 
@@ -57,7 +59,7 @@ pub(super) fn run(run: &mut Run<'_>) {
         disk::reads(tester)
     });
     run.test("rings become private at once, and the disk says so", rings);
-    run.test("a buffer in use does not become private", buffer_in_use);
+    run.test("a buffer in use does not become private", keeps_buffer);
     run.test("the host leaves the private page alone", |tester| {
         tester.request(SHARED..SHARED + 1, Shared)?;
         tester.host_writes(SHARED)?;
@@ -115,37 +117,38 @@ fn rings(tester: &mut Tester<'_>) -> Check {
     disk::reads(tester)
 }
 
-/// How far the clock of [`cpu::timestamp`] comes in a millisecond: a CPU that waits for QEMU counts no
-/// ticks.
-fn per_millisecond() -> u64 {
-    const TICKS: u64 = 10;
-    rest(1);
-    let start = cpu::timestamp();
-    rest(TICKS);
-    (cpu::timestamp() - start) * apic::TICKS_PER_SECOND / (TICKS * 1000)
+/// A sound card has a buffer for as long as nothing is played.
+fn keeps_buffer(tester: &mut Tester<'_>) -> Check {
+    let queue = buffer_in_use(tester)?;
+    is_refused(tester)?;
+    drop(queue);
+    let gpa = tester.memory.gpa(SHARED);
+    tester.convert(gpa, Private, GRANTED)?;
+    tester.convert(gpa, Shared, GRANTED)
 }
 
-/// A sound card has a buffer for as long as nothing is played.
-fn buffer_in_use(tester: &mut Tester<'_>) -> Check {
+/// The page cannot become private.
+pub(super) fn is_refused(tester: &mut Tester<'_>) -> Check {
+    tester.convert(tester.memory.gpa(SHARED), Private, EBUSY)
+}
+
+/// Gives the page to a sound card, which plays nothing.
+pub(super) fn buffer_in_use(tester: &mut Tester<'_>) -> Result<Queue, Failure> {
     const TRANSMIT: u16 = 2;
+    static STATUS: [AtomicU32; 2] = [const { AtomicU32::new(0) }; 2];
     let mut queue = Queue::open(Kind::Sound, 0, TRANSMIT).map_err(Failure::Missing)?;
-    let gpa = tester.memory.gpa(SHARED);
-    let mut status = [0_u64; 1];
     let buffer = |address, length, writable| Buffer {
         address,
         length,
         writable,
     };
     let buffers = [
-        buffer(gpa, PAGE_SIZE as u32, false),
-        buffer(status.as_mut_ptr() as u64, 8, true),
+        buffer(tester.memory.gpa(SHARED), PAGE_SIZE as u32, false),
+        buffer(STATUS.as_ptr() as u64, 8, true),
     ];
     // A stream that the card has: other buffers it gives back at once.
     tester.memory.write(SHARED, Shared, 0, 0);
-    // SAFETY: the page is test memory; the device lets go of the status when it is reset.
+    // SAFETY: the page is test memory; nobody else uses the status.
     unsafe { queue.give(&buffers) };
-    tester.convert(gpa, Private, EBUSY)?;
-    drop(queue);
-    tester.convert(gpa, Private, GRANTED)?;
-    tester.convert(gpa, Shared, GRANTED)
+    Ok(queue)
 }

@@ -114,21 +114,26 @@ pub(super) unsafe fn request(
     bytes: u64,
 ) -> Result<u8, &'static str> {
     let mut status = 0xff_u8;
+    let at = &raw mut status;
+    // SAFETY: the caller answers for the bytes; header and status live until the device is done.
+    unsafe {
+        queue.request(&buffers(header, address, bytes, at as u64))?;
+        Ok(at.read_volatile())
+    }
+}
+
+/// What a request consists of.
+pub(super) fn buffers(header: &Header, address: u64, bytes: u64, status: u64) -> [Buffer; 3] {
     let buffer = |address, length, writable| Buffer {
         address,
         length,
         writable,
     };
-    let at = &raw mut status;
-    // SAFETY: the caller answers for the bytes; header and status live until the device is done.
-    unsafe {
-        queue.request(&[
-            buffer(&raw const *header as u64, size_of::<Header>() as u32, false),
-            buffer(address, bytes as u32, header.kind == READ),
-            buffer(at as u64, 1, true),
-        ])?;
-        Ok(at.read_volatile())
-    }
+    [
+        buffer(&raw const *header as u64, size_of::<Header>() as u32, false),
+        buffer(address, bytes as u32, header.kind == READ),
+        buffer(status, 1, true),
+    ]
 }
 
 pub(super) fn compare(tester: &mut Tester<'_>, expected: impl Fn(u64) -> u64) -> Check {

@@ -11,8 +11,10 @@ mod disk;
 mod dma;
 mod fault;
 mod flip;
+mod gpu;
 mod hostile;
 mod hypercall;
+mod kept;
 mod large;
 mod race;
 mod reset;
@@ -21,6 +23,7 @@ mod storm;
 mod sweep;
 mod tables;
 mod vhost;
+mod waiting;
 
 pub(crate) use guestmemfd_guest::cmdline::Scenario;
 
@@ -228,10 +231,11 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
                 | Scenario::Disk
                 | Scenario::Device
                 | Scenario::Clock
+                | Scenario::Kept
                 | Scenario::Tables
                 | Scenario::Vhost
         );
-        if device && (cpu, index) != (0, 0) {
+        if device && (cpu, index) != (0, 0) || scenario == Scenario::Waiting && index != 0 {
             continue;
         }
         let mut run = Run {
@@ -265,6 +269,8 @@ pub(crate) fn run_on_this_cpu(plan: &'static Plan, scenario: Scenario, cpu: usiz
             Scenario::Vhost => vhost::run(&mut run),
             Scenario::Dma => dma::run(&mut run, cpu, strict),
             Scenario::Tables => tables::run(&mut run),
+            Scenario::Kept => kept::run(&mut run),
+            Scenario::Waiting => waiting::run(&mut run, cpu),
         }
         *counts += run.tester.model.counts;
         if scenario == Scenario::Bad && cpu == 0 {

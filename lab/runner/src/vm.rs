@@ -108,6 +108,10 @@ pub(crate) enum Scenario {
     Dma,
     /// Has its page tables in private memory
     Tables,
+    /// Takes away what devices keep mapped as long as they run
+    Kept,
+    /// Interrupts a CPU while its request waits; needs two CPUs and a sound card
+    Waiting,
     /// Not the conformance guest but Linux
     Linux,
 }
@@ -136,6 +140,8 @@ impl Scenario {
             Self::Vhost => "vhost",
             Self::Dma => "dma",
             Self::Tables => "tables",
+            Self::Kept => "kept",
+            Self::Waiting => "waiting",
             Self::Linux => "linux",
         }
     }
@@ -161,6 +167,8 @@ impl Scenario {
                 | Self::Clock
                 | Self::Vhost
                 | Self::Tables
+                | Self::Kept
+                | Self::Waiting
                 | Self::Linux
         )
     }

@@ -180,9 +180,10 @@ fn device_vm(context: &Context, dir: &TempDir, properties: &str) -> Result<Vm> {
     fs::write(&image, mapped_devices::disk_content())?;
     let vm = Vm::conformance(&context.files, Scenario::Device, false, SIZE, 1);
     let disk = mapped_devices::virtio_blk(&image);
-    let sound = "-audiodev none,id=none -device virtio-sound-pci,audiodev=none,ioeventfd=off";
     let vm = guests::with_properties(vm, properties);
-    Ok(vm.with_arguments(&disk).with_arguments(sound))
+    Ok(vm
+        .with_arguments(&disk)
+        .with_arguments(mapped_devices::SILENT_SOUND))
 }
 
 /// A vCPU waits for a buffer that will not be unpinned. The reset takes it out of its wait, unpins the

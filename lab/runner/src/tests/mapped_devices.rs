@@ -140,6 +140,10 @@ pub(super) fn disk_content() -> Vec<u8> {
     content
 }
 
+/// The arguments for a sound card that plays nothing.
+pub(super) const SILENT_SOUND: &str =
+    "-audiodev none,id=none -device virtio-sound-pci,audiodev=none,ioeventfd=off";
+
 /// The arguments for a disk in QEMU.
 pub(super) fn virtio_blk(image: &Path) -> String {
     let path = image.display();

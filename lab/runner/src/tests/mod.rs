@@ -8,6 +8,7 @@ mod guests;
 mod host;
 mod hostile;
 mod in_place;
+mod kept;
 mod large;
 mod library;
 mod linux;
@@ -153,6 +154,7 @@ fn all(options: &Options) -> Vec<Test> {
         top::tests(options.programs.top()),
         hostile::tests(),
         host::tests(),
+        kept::tests(),
         dump::tests(),
         guard::tests(),
         in_place::tests(),
