@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! A guest that sends any numbers and touches any memory: nothing comes of it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
@@ -15,6 +15,9 @@ use crate::vm::{Scenario, Vm};
 
 /// What QEMU and the kernel may need on top of guest RAM.
 const OVERHEAD: u64 = 16 << 20;
+
+/// Kinds of messages that a guest can cause over and over.
+const KINDS: u64 = 4;
 
 pub(super) fn tests() -> Vec<Test> {
     let needs = &[Need::PrivateMemory, Need::StrictMode];
@@ -37,6 +40,7 @@ fn hostile(context: &Context, count: u64, smp: u32, limit: Duration) -> Result<(
     let _strict = Strict::on()?;
     let words = format!("count={count} timeout={}", limit.as_secs());
     let vm = Vm::conformance(&context.files, Scenario::Hostile, true, SIZE, smp).with_words(&words);
+    let start = Instant::now();
     let mut qemu = context.start(&vm)?;
     let before = (Holdings::of(qemu.pid())?, memory::kernel_bytes()?);
     guest::run(&mut qemu, limit)?;
@@ -73,5 +77,11 @@ fn hostile(context: &Context, count: u64, smp: u32, limit: Duration) -> Result<(
     freed::files_match(&backend, qemu.pid())?;
     guest::finish(&mut qemu)?;
     println!("# {backend:?}");
+    // One of each kind in five seconds.
+    let (said, seconds) = (context.said()?, start.elapsed().as_secs());
+    ensure!(
+        u64::try_from(said)? <= 10 + KINDS * seconds / 5,
+        "QEMU has said {said} lines in {seconds} s"
+    );
     Ok(())
 }

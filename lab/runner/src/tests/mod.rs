@@ -129,6 +129,13 @@ impl Context {
         qemu::start_running(&self.files.qemu, &arguments, &self.log.join(name), false)
     }
 
+    /// How many lines QEMU has said: not as many as a guest likes.
+    fn said(&self) -> Result<usize> {
+        let path = self.log.join("qemu").join("stderr");
+        let said = fs::read_to_string(&path).context("no log of QEMU's")?;
+        Ok(said.lines().count())
+    }
+
     /// Starts a QEMU that is to refuse its command line.
     fn start_refused(&self, vm: &Vm) -> Result<Ended> {
         let arguments = vm.arguments(&self.files.firmware);

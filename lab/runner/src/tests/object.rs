@@ -101,6 +101,8 @@ fn bad_machines() -> Vec<Test> {
     let mut tcg = Vm::ordinary(SIZE);
     tcg.accel = "tcg";
     let ordinary = |properties| Vm::ordinary(SIZE).with_backend(&backend(properties));
+    let mut replaced = ordinary("size=256M,bind=on");
+    replaced.machine.push_str(",x-change-vmfd-on-reset=on");
     let twice = Vm::protected(SIZE)
         .with_arguments("-m 256M,slots=2,maxmem=1G -device pc-dimm,id=dimm0,memdev=ram0");
     vec![
@@ -128,6 +130,13 @@ fn bad_machines() -> Vec<Test> {
             &[Need::MappedMemory],
             ordinary("size=256M,lazy-attributes=on"),
             &["lazy-attributes=on", "no private memory"],
+        ),
+        // Not at the guest's first reset.
+        refused(
+            "bind-with-new-vm-file",
+            &[Need::MappedMemory],
+            replaced,
+            &["bind=on is not possible with x-change-vmfd-on-reset=on"],
         ),
         refused(
             "discard-coalesced",

@@ -277,7 +277,40 @@ fn out_of_descriptors(context: &Context) -> Result<()> {
 fn property_after_creation(context: &Context) -> Result<()> {
     let mut qemu = context.start(&Vm::protected(SIZE))?;
     let before = query::backend(&mut qemu.qmp)?;
-    let path = "/objects/ram0";
+    let (number, accepted) = set_everything(&mut qemu, "/objects/ram0")?;
+    println!("# of {number} properties {accepted:?} can be changed");
+    let may_change = [
+        "merge",
+        "dump",
+        "prealloc",
+        "prealloc-threads",
+        "x-use-canonical-path-for-ramblock-id",
+    ];
+    ensure!(
+        number > 15
+            && accepted
+                .iter()
+                .all(|name| may_change.contains(&name.as_str())),
+        "of {number} properties {accepted:?} have been changed"
+    );
+    // The guest's type has been looked at when the machine was made.
+    let (number, accepted) = set_everything(&mut qemu, "/objects/cgs0")?;
+    println!("# of the guest's type {accepted:?}");
+    ensure!(
+        number > 1 && accepted.is_empty(),
+        "of {number} properties of the guest's type {accepted:?} have been changed"
+    );
+    let after = query::backend(&mut qemu.qmp)?;
+    ensure!(
+        before == after,
+        "refused changes left a mark: {before:?}, then {after:?}"
+    );
+    qemu.alive()
+}
+
+/// Tries to set every property of an object to something else. How many there are, and which could be
+/// set.
+fn set_everything(qemu: &mut Qemu, path: &str) -> Result<(usize, Vec<String>)> {
     let properties = qemu.qmp.run("qom-list", json!({"path": path}))?;
     let properties = properties.as_array().context("qom-list")?.clone();
     let mut accepted = Vec::new();
@@ -289,7 +322,7 @@ fn property_after_creation(context: &Context) -> Result<()> {
                 json!(qemu.qmp.run("qom-get", get)? == false)
             }
             "string" => json!("other"),
-            "int" | "size" | "uint32" | "uint64" | "uint16List" => json!(7),
+            "int" | "size" | "uint8" | "uint32" | "uint64" | "uint16List" => json!(7),
             "MemoryBackendGuestmemfdMode" => json!("mapped"),
             "MemoryBackendGuestmemfdDiscard" => json!("keep"),
             // What others write, or a link.
@@ -297,32 +330,11 @@ fn property_after_creation(context: &Context) -> Result<()> {
         };
         let arguments = json!({"path": path, "property": name, "value": value});
         if qemu.qmp.raw("qom-set", arguments)?.is_ok() {
-            accepted.push(name.as_str().unwrap_or_default());
+            accepted.push(name.as_str().unwrap_or_default().to_owned());
         }
         qemu.alive()?;
     }
-    println!(
-        "# of {} properties {accepted:?} can be changed",
-        properties.len()
-    );
-    let may_change = [
-        "merge",
-        "dump",
-        "prealloc",
-        "prealloc-threads",
-        "x-use-canonical-path-for-ramblock-id",
-    ];
-    ensure!(
-        properties.len() > 15 && accepted.iter().all(|name| may_change.contains(name)),
-        "of {} properties {accepted:?} have been changed",
-        properties.len()
-    );
-    let after = query::backend(&mut qemu.qmp)?;
-    ensure!(
-        before == after,
-        "refused changes left a mark: {before:?}, then {after:?}"
-    );
-    qemu.alive()
+    Ok((properties.len(), accepted))
 }
 
 fn delete_in_use(context: &Context) -> Result<()> {

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Many resets: nothing of QEMU grows, and no guest finds anything of the one before.
 
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use serde_json::json;
 
 use super::storm::{FIXED, SLICES};
 use super::{Context, GUEST_LIMIT, SIZE, Test, freed, guests};
 use crate::guest;
-use crate::memory::{self, Holdings, Kind};
+use crate::memory::{self, Holdings, Kind, open_fds, process};
 use crate::probe::{self, Need};
 use crate::qemu::{EXIT_LIMIT, Qemu};
 use crate::query;
 use crate::tap::Tap;
-use crate::vm::{Scenario, Size, Vm};
+use crate::vm::{BACKEND, Scenario, Size, Vm};
 
 /// Resets before anything is compared: QEMU allocates some things when they are first needed.
 const WARM_UP: usize = 4;
@@ -44,7 +46,55 @@ pub(super) fn tests() -> Vec<Test> {
         test("long-same-vm-file", "", 2, 100, 25).only_in_full(),
         test("long-new-vm-file", new_file, 2, 100, 5).only_in_full(),
         answers("monitor-answers", "2G"),
+        Test::new(
+            "reset/new-vm-file-refused",
+            &[Need::PrivateMemory, Need::Root],
+            cannot_rebuild,
+        ),
     ]
+}
+
+/// A reset that is to replace the VM's file descriptor cannot have the new files, and QEMU says why.
+fn cannot_rebuild(context: &Context) -> Result<()> {
+    let mut vm = Vm::protected(SIZE);
+    vm.machine.push_str(",x-change-vmfd-on-reset=on");
+    // Each backend gets a file before the old ones go.
+    let vm = vm.with_arguments(&format!("-object {BACKEND},id=spare,size=16M"));
+    let mut qemu = context.start(&vm)?;
+    let fds = open_fds(qemu.pid())?;
+    let mut unused = (0..).zip(&fds).filter(|(number, fd)| *number != **fd);
+    let first = unused
+        .next()
+        .map_or(fds.len(), |(number, _)| number as usize);
+    // The VM's own number is free for the new one; one more for the firmware's file, and for the file
+    // of one backend.
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let limit = Rlimit {
+        current: Some(u64::try_from(first)? + 1),
+        maximum,
+    };
+    prlimit(Some(process(qemu.pid())?), Resource::Nofile, limit)?;
+    // It may end before it answers.
+    let _ = qemu.qmp.raw("system_reset", json!({}));
+    let log = context.log.join("qemu").join("stderr");
+    let deadline = Instant::now() + EXIT_LIMIT;
+    let said = loop {
+        let said = fs::read_to_string(&log)?;
+        if said.contains("unable to rebuild guest") {
+            break said;
+        }
+        ensure!(Instant::now() < deadline, "QEMU has said: {said}");
+        thread::sleep(Duration::from_millis(20));
+    };
+    println!("# {}", said.trim());
+    let reasons = said.lines().filter(|line| !line.contains("unable to"));
+    ensure!(
+        reasons
+            .into_iter()
+            .any(|line| line.contains("Too many open files")),
+        "no reason before that: {said}"
+    );
+    Ok(())
 }
 
 fn answers(name: &str, size: &'static str) -> Test {
