@@ -11,7 +11,7 @@ use crate::qemu::Qemu;
 use crate::query::{self, Backend};
 use crate::strict::Strict;
 use crate::vfio::{self, Mapped};
-use crate::vm::{Scenario, Size, Vm};
+use crate::vm::{BACKEND, Scenario, Size, Vm};
 
 /// As little as serves two CPUs on both sides of 4 GiB: every page is a mapping of its own.
 const SMALL: Size = Size(96 << 20);
@@ -37,6 +37,7 @@ pub(super) fn tests() -> Vec<Test> {
         Test::new("vfio/added-later", private, added_later),
         Test::new("vfio/too-large", private, too_large),
         Test::new("vfio/too-large-later", private, too_large_later),
+        Test::new("vfio/dimm-too-large", private, dimm_too_large),
         Test::new("vfio/reset-same-vm-file", private, |context| {
             again(context, "")
         }),
@@ -242,6 +243,28 @@ fn too_large_later(context: &Context) -> Result<()> {
     ensure!(mapped.bytes == 0, "something stays mapped: {mapped:?}");
     freed::files_match(&after, qemu.pid())?;
     run_again(&mut qemu)
+}
+
+/// Memory that cannot be mapped comes when the device is there: QEMU says so, and the device goes on
+/// with what it has.
+fn dimm_too_large(context: &Context) -> Result<()> {
+    const DIMM: u64 = 512 << 20;
+    let vm = private_vm(context, SMALL).with_arguments("-m 96M,slots=1,maxmem=16G");
+    let mut qemu = context.start(&with_device(vm, "")?)?;
+    let before = Mapped::of(qemu.pid())?;
+    let object = json!({"qom-type": BACKEND, "id": "extra", "size": DIMM});
+    qemu.qmp.run("object-add", object)?;
+    let dimm = json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "extra", "addr": 8_u64 << 30});
+    qemu.qmp.run("device_add", dimm)?;
+    qemu.alive()?;
+    all_mapped(Mapped::of(qemu.pid())?, SMALL.0).context("beside a DIMM that is not")?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    println!("# {before:?}, then {:?}", Mapped::of(qemu.pid())?);
+    let ended = qemu.quit()?;
+    is_clear(&ended.stderr)?;
+    let tap = guest::report(&qemu);
+    ensure!(tap.verdict()? >= 20, "the guest has left something out");
+    Ok(())
 }
 
 /// A device that is added to a guest gets what is not private then.
