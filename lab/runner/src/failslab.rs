@@ -17,6 +17,9 @@ const CONTROLS: &str = "/sys/kernel/debug/failslab";
 const CACHE: &str = "radix_tree_node";
 const FUNCTION: &str = "kvm_vm_ioctl";
 
+/// Where such an ioctl needs nodes for a slot instead, in Linux 7.3 and in older ones.
+const SLOTS: [&str; 2] = ["kvm_gmem_prepare_memory_region", "kvm_gmem_bind"];
+
 /// The same where a guest_memfd keeps attributes.
 const IN_PLACE: (&str, &str) = ("maple_node", "kvm_gmem_ioctl");
 
@@ -33,7 +36,10 @@ impl Failures {
             true => IN_PLACE,
             false => (CACHE, FUNCTION),
         };
-        let (start, end) = function(&fs::read_to_string("/proc/kallsyms")?, name)?;
+        let symbols = fs::read_to_string("/proc/kallsyms")?;
+        let (start, end) = function(&symbols, name)?;
+        let (spared, spared_end) =
+            function(&symbols, SLOTS[0]).or_else(|_| function(&symbols, SLOTS[1]))?;
         let cache = switch(cache);
         write(&cache, "1")?;
         let failures = Self(cache);
@@ -42,6 +48,8 @@ impl Failures {
             ("ignore-gfp-wait", "N"),
             ("require-start", &format!("{start:#x}")),
             ("require-end", &format!("{end:#x}")),
+            ("reject-start", &format!("{spared:#x}")),
+            ("reject-end", &format!("{spared_end:#x}")),
             ("times", "-1"),
             ("verbose", "0"),
             ("probability", &percent.to_string()),

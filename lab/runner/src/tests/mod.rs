@@ -7,6 +7,7 @@ mod guard;
 mod guests;
 mod host;
 mod hostile;
+mod hotplug;
 mod in_place;
 mod kept;
 mod large;
@@ -162,6 +163,7 @@ fn all(options: &Options) -> Vec<Test> {
         hostile::tests(),
         host::tests(),
         kept::tests(),
+        hotplug::tests(),
         dump::tests(),
         guard::tests(),
         in_place::tests(),
