@@ -14,6 +14,7 @@ fn backend(properties: &str) -> String {
 
 pub(super) fn tests() -> Vec<Test> {
     let mut tests = bad_properties();
+    tests.push(Test::new("object/mem-lock", &[Need::TwoFiles], mem_lock));
     tests.extend(bad_machines());
     tests.extend(bad_guests());
     tests
@@ -176,6 +177,20 @@ fn bad_guests() -> Vec<Test> {
         tests.push(refused(&name, &[Need::PrivateMemory], vm, &["shared-bit"]));
     }
     tests
+}
+
+/// What locks all memory needs it twice, which QEMU says.
+fn mem_lock(context: &Context) -> Result<()> {
+    let vm = Vm::protected(SIZE).with_arguments("-overcommit mem-lock=on");
+    let ended = context.start(&vm)?.quit()?;
+    ensure!(
+        ended
+            .stderr
+            .contains("mem-lock=on allocates the shared side"),
+        "no warning: {:?}",
+        ended.stderr
+    );
+    Ok(())
 }
 
 fn refused(name: &str, needs: &[Need], vm: Vm, words: &'static [&'static str]) -> Test {
