@@ -18,7 +18,7 @@ const CACHE: &str = "radix_tree_node";
 const FUNCTION: &str = "kvm_vm_ioctl";
 
 /// Where such an ioctl needs nodes for a slot instead, in Linux 7.3 and in older ones.
-const SLOTS: [&str; 2] = ["kvm_gmem_prepare_memory_region", "kvm_gmem_bind"];
+const SLOTS: [&str; 2] = ["kvm_gmem_commit_memory_region", "kvm_gmem_bind"];
 
 /// The same where a guest_memfd keeps attributes.
 const IN_PLACE: (&str, &str) = ("maple_node", "kvm_gmem_ioctl");

@@ -82,7 +82,9 @@ fn no_memory(context: &Context) -> Result<()> {
     if refused.is_some() {
         plugged(&mut qemu, ELSEWHERE)?;
     }
-    guests::settled(&query::backend(&mut qemu.qmp)?)?;
+    for backend in query::backends(&mut qemu.qmp)? {
+        guests::settled(&backend)?;
+    }
     guest::finish(&mut qemu)?.verdict()?;
     Ok(())
 }
