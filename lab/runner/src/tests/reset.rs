@@ -138,6 +138,14 @@ fn monitor_answers(context: &Context, size: Size) -> Result<()> {
         slowest < ANSWER,
         "the monitor was silent for {slowest:?}, {ANSWER:?} are allowed"
     );
+    // The guest starts over, and goes on converting.
+    while query::backend(&mut qemu.qmp)?.private_bytes == 0 {
+        ensure!(
+            Instant::now() < deadline,
+            "after the reset the guest converts nothing"
+        );
+        thread::sleep(Duration::from_millis(20));
+    }
     qemu.quit()?;
     Ok(())
 }
