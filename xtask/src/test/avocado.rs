@@ -77,13 +77,28 @@ pub(super) fn confidential(bench: &Bench, step: &Step) -> Result<Tally> {
             on_this_machine(bench, step, &parts, folder, tap)
         });
     }
+    both_ways(bench, step, &CONFIDENTIAL, parts)
+}
+
+/// libvirt's domains: in level 1, as they change the system that they run on.
+pub(super) fn libvirt(bench: &Bench, step: &Step) -> Result<Tally> {
+    let parts = bench.parts(step)?;
+    both_ways(bench, step, &LIBVIRT, parts)
+}
+
+/// In level 1, in place and in two files.
+fn both_ways(bench: &Bench, step: &Step, suite: &'static Suite, parts: Parts) -> Result<Tally> {
     let mut tally = Tally::default();
-    for (name, in_place) in [("avocado", true), ("avocado-two-files", false)] {
+    for in_place in [true, false] {
+        let name = match in_place {
+            true => suite.name.to_owned(),
+            false => format!("{}-two-files", suite.name),
+        };
         let parts = parts.clone();
-        tally.add(run(bench, step, name, |folder, tap| {
+        tally.add(run(bench, step, &name, |folder, tap| {
             let level_1 = Level1 {
-                suite: &CONFIDENTIAL,
-                name,
+                suite,
+                name: &name,
                 in_place,
             };
             in_level_1(bench, step, &level_1, parts, folder, tap)
@@ -92,25 +107,11 @@ pub(super) fn confidential(bench: &Bench, step: &Step) -> Result<Tally> {
     Ok(tally)
 }
 
-/// libvirt's domains: in level 1, as they change the system that they run on. In two files: libvirt
-/// makes a memory object of its own besides, which QEMU refuses where it is converted in place.
-pub(super) fn libvirt(bench: &Bench, step: &Step) -> Result<Tally> {
-    let parts = bench.parts(step)?;
-    let level_1 = Level1 {
-        suite: &LIBVIRT,
-        name: LIBVIRT.name,
-        in_place: false,
-    };
-    run(bench, step, level_1.name, |folder, tap| {
-        in_level_1(bench, step, &level_1, parts, folder, tap)
-    })
-}
-
 /// A suite in level 1.
-struct Level1 {
+struct Level1<'a> {
     suite: &'static Suite,
     /// Of its results and its log.
-    name: &'static str,
+    name: &'a str,
     in_place: bool,
 }
 
@@ -185,7 +186,7 @@ fn on_this_machine(
 fn in_level_1(
     bench: &Bench,
     step: &Step,
-    level_1: &Level1,
+    level_1: &Level1<'_>,
     parts: Parts,
     folder: &Path,
     tap: &mut Tap,
