@@ -60,12 +60,12 @@ fn call(tester: &mut Tester<'_>, world: &World, random: &mut Random) -> Check {
     })
 }
 
-/// Test memory, or nothing: what lies behind the end of RAM, in either view.
+/// Test memory, or nothing: what lies behind the end of RAM, in either view. Some pages in one after
+/// the other, or hardly any touch would convert one back.
 fn touch(all: &TestMemory, nothing: &TestMemory, random: &mut Random) {
-    let intent = if random.below(2) == 0 {
-        Private
-    } else {
-        Shared
+    let (intent, other) = match random.below(2) {
+        0 => (Private, Shared),
+        _ => (Shared, Private),
     };
     let page = random.below(all.pages() as u64) as usize;
     let index = random.below(512) as usize;
@@ -73,7 +73,10 @@ fn touch(all: &TestMemory, nothing: &TestMemory, random: &mut Random) {
         0 => nothing.write(0, intent, index, random.any()),
         1 => drop(nothing.read(0, intent, index)),
         2..6 => all.write_across(page.min(all.pages() - 2), intent, random.any()),
-        6..11 => all.write(page, intent, index, random.any()),
+        6..11 => {
+            all.write(page, intent, index, random.any());
+            all.read(page, other, index);
+        }
         _ => drop(all.read(page, intent, index)),
     }
 }
