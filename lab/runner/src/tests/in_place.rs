@@ -47,6 +47,7 @@ pub(super) fn tests() -> Vec<Test> {
         test("other-process", root, other_process),
         test("stray-access", root, stray_access),
         test("refused", private, refused),
+        test("other-backends", private, other_backends),
         test("parameter-off", &[Need::TwoFiles], parameter_off),
     ]
 }
@@ -263,6 +264,30 @@ fn is_refused(context: &Context, vm: &Vm, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// KVM has no guest_memfd for other backends here. They may be there, as libvirt's is in each of its
+/// domains, and are refused as memory of the guest's.
+fn other_backends(context: &Context) -> Result<()> {
+    let other = format!(
+        "-object memory-backend-ram,id=other,size={} -m 256M,slots=1,maxmem=1G",
+        SIZE.0
+    );
+    let vm = vm(context, Scenario::Hypercall).with_arguments(&other);
+    let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let device = json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "other"});
+    let Err(why) = qemu.qmp.raw("device_add", device)? else {
+        bail!("a DIMM of memory that cannot be private");
+    };
+    let words = ["'other'", "use memory-backend-guestmemfd"];
+    for word in words {
+        ensure!(why.desc.contains(word), "{word} is not in: {}", why.desc);
+    }
+    guest::finish(&mut qemu)?.verdict()?;
+    let ram = format!("memory-backend-ram,id=ram0,size={}", SIZE.0);
+    let vm = Vm::protected(SIZE).with_backend(&ram);
+    is_refused(context, &vm, &["'ram0'", "use memory-backend-guestmemfd"])
+}
+
 /// With the kernel's parameter off, the mode is refused with the parameter's name, and whoever leaves
 /// the choice to the library has two files.
 fn parameter_off(context: &Context) -> Result<()> {
@@ -278,7 +303,7 @@ fn parameter_off(context: &Context) -> Result<()> {
     let mut qemu = context.start(&Vm::protected(SIZE))?;
     let backend = query::backend(&mut qemu.qmp)?;
     ensure!(backend.mode == "private", "its mode is {}", backend.mode);
-    qemu.qmp.run("quit", json!({}))?;
+    qemu.quit()?;
     Ok(())
 }
 

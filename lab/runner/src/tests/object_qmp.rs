@@ -8,12 +8,13 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
 
-use super::{Context, SIZE, Test};
+use super::{Context, GUEST_LIMIT, SIZE, Test};
+use crate::guest;
 use crate::memory::{Holdings, open_fds, process};
 use crate::probe::Need;
 use crate::qemu::Qemu;
 use crate::query;
-use crate::vm::{BACKEND, Vm};
+use crate::vm::{BACKEND, Scenario, Vm};
 
 /// Times that objects are made in a loop: blocks of rounds.
 const BLOCKS: usize = 5;
@@ -348,13 +349,22 @@ fn delete_in_use(context: &Context) -> Result<()> {
 }
 
 fn use_twice(context: &Context) -> Result<()> {
-    let vm = Vm::protected(SIZE).with_arguments("-m 256M,slots=2,maxmem=1G");
+    let vm = Vm::conformance(&context.files, Scenario::Reset, false, SIZE, 1)
+        .with_arguments("-m 256M,slots=2,maxmem=1G");
     let mut qemu = context.start(&vm)?;
+    guest::run(&mut qemu, GUEST_LIMIT)?;
+    let before = query::backend(&mut qemu.qmp)?.private_bytes;
+    ensure!(before > 0, "the guest has no private memory to lose");
     let device = json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "ram0"});
     let Err(why) = qemu.qmp.raw("device_add", device)? else {
         bail!("a DIMM took the memory that the machine already uses");
     };
     ensure!(why.desc.contains("ram0"), "the message is {:?}", why.desc);
-    ensure!(query::backend(&mut qemu.qmp)?.id == "ram0", "ram0 is gone");
-    qemu.alive()
+    let after = query::backend(&mut qemu.qmp)?.private_bytes;
+    ensure!(
+        after == before,
+        "{before} bytes were private before the refusal, {after} are after it"
+    );
+    guest::finish(&mut qemu)?.verdict()?;
+    Ok(())
 }
