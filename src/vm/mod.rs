@@ -161,7 +161,7 @@ impl Vm {
     /// Forgets a backend, which has no windows any more.
     ///
     /// # Errors
-    /// [`Error::InUse`] while it has windows, [`Error::OtherVm`]; nothing is done then.
+    /// [`Error::InUse`] while it has windows, [`Error::OtherVm`]; it is still there then.
     /// [`Error::SetAttributes`] if attributes of its old places could not be cleared: the backend
     /// is forgotten, and they are cleared when the layout changes the next time.
     pub fn remove_backend(&self, backend: &Backend) -> Result<()> {

@@ -46,6 +46,7 @@ class Machine:
         logger.addHandler(self._handler)
         self.process = None
         self._serial = bytearray()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._start(command)
 
     def _start(self, command):
@@ -62,7 +63,6 @@ class Machine:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pass_fds=[theirs.fileno()]
             )
-        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         try:
             self._wait(self._client.connect(ours), ANSWER_LIMIT, "greet on QMP")
@@ -135,7 +135,7 @@ class Machine:
         self.qmp("quit")
         try:
             status = self.process.wait(ANSWER_LIMIT)
-            self._listener.join()
+            self._listener.join(ANSWER_LIMIT)
             return status
         except subprocess.TimeoutExpired:
             raise MachineError(f"QEMU did not end within {ANSWER_LIMIT} s after quit") from None
@@ -145,7 +145,7 @@ class Machine:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._listener.join()
+        self._listener.join(ANSWER_LIMIT)
         try:
             self._loop.run_until_complete(self._client.disconnect())
         except (QMPError, OSError, EOFError):

@@ -205,6 +205,7 @@ class Domains(LibvirtTest):
 
     def wait_report(self, since=0, good=True):
         """Waits for the guest's report. The guest then halts."""
+        # The log is of this system's own, not on 9p, where a file that is being written can show zeros.
         deadline = time.monotonic() + self.limit
         report = ""
         while "\n1.." not in report:
