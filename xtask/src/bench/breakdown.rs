@@ -153,11 +153,7 @@ pub(super) fn table(rows: &[Row]) -> Option<Table> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn check() -> Measurement {
-        let [two_files, _] = super::super::plan::checks();
-        two_files
-    }
+    use crate::bench::plan;
 
     fn line(part: &str, units: u32) -> Line {
         let text = format!(
@@ -171,7 +167,7 @@ mod tests {
     fn parts_of_a_conversion_add_up() {
         let lines = [line("request", 16), line("touch", 32), line("later", 32)];
         let parts = [[16.0, 160.0, 320.0], [0.0, 32.0, 32.0], [100.0, 32.0, 42.0]];
-        let rows = rows(&check(), &lines, &parts).expect("rows");
+        let rows = rows(&plan::check(), &lines, &parts).expect("rows");
         let of = |name: &str| rows.iter().find(|row| row.row == name).map(|row| row.value);
         assert_eq!(of("convert-64k-to-private-in-guest"), Some(1.0));
         assert_eq!(of("convert-64k-to-private-in-vmm"), Some(11.0));
@@ -195,7 +191,7 @@ mod tests {
             line("twice", "peak-memory", 1),
         ];
         let parts = [[0.0, 100.0, 1000.0], [0.0, 100.0, 1500.0]];
-        let rows = rows(&check(), &lines, &parts).expect("rows");
+        let rows = rows(&plan::check(), &lines, &parts).expect("rows");
         let of = |name: &str| rows.iter().find(|row| row.row == name).map(|row| row.value);
         assert_eq!(of("ordinary-ready-in-vmm"), Some(100.0));
         assert_eq!(of("ordinary-prealloc-in-kernel"), Some(50.0));
@@ -211,9 +207,9 @@ mod tests {
 
     #[test]
     fn a_line_that_the_plugin_has_missed_is_an_error() {
-        let error = rows(&check(), &[line("request", 1)], &[]);
+        let error = rows(&plan::check(), &[line("request", 1)], &[]);
         assert_eq!(error.expect("no breakdown"), []);
         let lines = [line("request", 1), line("touch", 1)];
-        assert!(rows(&check(), &lines, &[[1.0; 3]]).is_err());
+        assert!(rows(&plan::check(), &lines, &[[1.0; 3]]).is_err());
     }
 }

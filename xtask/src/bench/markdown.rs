@@ -2,7 +2,7 @@
 //! The tables of docs/performance.md, from a report.
 
 use super::breakdown::PARTIES;
-use super::plan::{IN_PLACE, OURS_IN_PLACE};
+use super::plan::{IN_PLACE, OURS_IN_PLACE, is_in_place};
 use super::record::Report;
 use super::report::thousands;
 use super::rows::{Row, START_MEMORY, STARTS, value};
@@ -26,53 +26,67 @@ enum Column {
     Value(Subject),
     /// How many times as much as upstream.
     OverUpstream(Subject),
-    /// How many times as much as the better of the floors.
+    /// How many times as much as the better of the floors that convert as the subject does.
     OverFloor(Subject),
-    /// How many times as much as the floor that converts in place.
-    OverFloorInPlace(Subject),
     /// How many times as much as with two files.
     OverTwoFiles(Subject),
     /// What one party carries out.
     Part(Subject, usize),
 }
-use Column::{OverFloor, OverFloorInPlace, OverTwoFiles, OverUpstream, Part, Value};
+use Column::{OverFloor, OverTwoFiles, OverUpstream, Part, Value};
 
-/// A table: names of rows, and what is shown of them.
+/// A table: lists of names of rows, and what is shown of them.
 struct Form {
-    rows: &'static [&'static str],
+    rows: &'static [&'static [&'static str]],
     columns: &'static [Column],
     /// What the values are divided by, and how many decimals are left.
     unit: (f64, usize),
 }
 
+/// Requests, and the first touch of what they are for.
+const CONVERSIONS: [&str; 18] = [
+    "convert-4k-to-private",
+    "convert-4k-to-shared",
+    "convert-64k-to-private",
+    "convert-64k-to-shared",
+    "convert-2m-to-private",
+    "convert-2m-to-shared",
+    "convert-64m-to-private",
+    "convert-64m-to-shared",
+    "sequential-4k-to-private",
+    "sequential-4k-to-shared",
+    "sequential-4k-1g-to-private",
+    "sequential-4k-1g-to-shared",
+    "flip-2m-to-private",
+    "flip-2m-to-shared",
+    "untouched-4k-to-private",
+    "untouched-4k-to-shared",
+    "untouched-2m-to-private",
+    "untouched-2m-to-shared",
+];
+
+/// Touches that convert.
+const FAULTS: [&str; 5] = [
+    "fault-first-4k-to-private",
+    "fault-4k-to-private",
+    "fault-4k-to-shared",
+    "fault-sequential-4k-to-private",
+    "fault-sequential-4k-to-shared",
+];
+
+/// Requests for what is so already, and exits.
+const NOTHING_TO_DO: [&str; 6] = [
+    "convert-4k-to-private-repeat",
+    "convert-2m-to-private-repeat",
+    "convert-64m-to-private-repeat",
+    "exit-kernel",
+    "exit-port",
+    "exit-refused",
+];
+
 const FORMS: [Form; 12] = [
     Form {
-        rows: &[
-            "convert-4k-to-private",
-            "convert-4k-to-shared",
-            "convert-64k-to-private",
-            "convert-64k-to-shared",
-            "convert-2m-to-private",
-            "convert-2m-to-shared",
-            "convert-64m-to-private",
-            "convert-64m-to-shared",
-            "sequential-4k-to-private",
-            "sequential-4k-to-shared",
-            "sequential-4k-1g-to-private",
-            "sequential-4k-1g-to-shared",
-            "flip-2m-to-private",
-            "flip-2m-to-shared",
-            "untouched-4k-to-private",
-            "untouched-4k-to-shared",
-            "untouched-2m-to-private",
-            "untouched-2m-to-shared",
-            "convert-4k-to-private-repeat",
-            "convert-2m-to-private-repeat",
-            "convert-64m-to-private-repeat",
-            "exit-kernel",
-            "exit-port",
-            "exit-refused",
-        ],
+        rows: &[&CONVERSIONS, &NOTHING_TO_DO],
         columns: &[
             Value(FLOOR),
             Value(PREFAULT),
@@ -86,7 +100,7 @@ const FORMS: [Form; 12] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &[
+        rows: &[&[
             "convert-4k-to-private",
             "convert-4k-to-shared",
             "convert-64k-to-private",
@@ -101,7 +115,7 @@ const FORMS: [Form; 12] = [
             "convert-2m-to-private-repeat",
             "fault-4k-to-private",
             "fault-4k-to-shared",
-        ],
+        ]],
         columns: &[
             Part(NOW, 0),
             Part(FLOOR, 1),
@@ -114,13 +128,7 @@ const FORMS: [Form; 12] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &[
-            "fault-first-4k-to-private",
-            "fault-4k-to-private",
-            "fault-4k-to-shared",
-            "fault-sequential-4k-to-private",
-            "fault-sequential-4k-to-shared",
-        ],
+        rows: &[&FAULTS],
         columns: &[
             Value(FLOOR),
             Value(NOW),
@@ -131,7 +139,7 @@ const FORMS: [Form; 12] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &STARTS,
+        rows: &[&STARTS],
         columns: &[
             Value(FLOOR),
             Value(UPSTREAM),
@@ -147,46 +155,16 @@ const FORMS: [Form; 12] = [
         unit: (1e6, 1),
     },
     Form {
-        rows: &START_MEMORY,
+        rows: &[&START_MEMORY],
         columns: &[Value(FLOOR), Value(UPSTREAM), Value(NOW)],
         unit: (1024.0, 0),
     },
     Form {
-        rows: &[
-            "convert-4k-to-private",
-            "convert-4k-to-shared",
-            "convert-64k-to-private",
-            "convert-64k-to-shared",
-            "convert-2m-to-private",
-            "convert-2m-to-shared",
-            "convert-64m-to-private",
-            "convert-64m-to-shared",
-            "sequential-4k-to-private",
-            "sequential-4k-to-shared",
-            "sequential-4k-1g-to-private",
-            "sequential-4k-1g-to-shared",
-            "flip-2m-to-private",
-            "flip-2m-to-shared",
-            "untouched-4k-to-private",
-            "untouched-4k-to-shared",
-            "untouched-2m-to-private",
-            "untouched-2m-to-shared",
-            "fault-first-4k-to-private",
-            "fault-4k-to-private",
-            "fault-4k-to-shared",
-            "fault-sequential-4k-to-private",
-            "fault-sequential-4k-to-shared",
-            "convert-4k-to-private-repeat",
-            "convert-2m-to-private-repeat",
-            "convert-64m-to-private-repeat",
-            "exit-kernel",
-            "exit-port",
-            "exit-refused",
-        ],
+        rows: &[&CONVERSIONS, &FAULTS, &NOTHING_TO_DO],
         columns: &[
             Value(FLOOR_IN_PLACE),
             Value(OURS_IN_PLACE),
-            OverFloorInPlace(OURS_IN_PLACE),
+            OverFloor(OURS_IN_PLACE),
             OverTwoFiles(OURS_IN_PLACE),
             OverUpstream(OURS_IN_PLACE),
             Value(PREFAULTING_IN_PLACE),
@@ -194,7 +172,7 @@ const FORMS: [Form; 12] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &[
+        rows: &[&[
             "convert-4k-to-private",
             "convert-4k-to-shared",
             "convert-64k-to-private",
@@ -207,7 +185,7 @@ const FORMS: [Form; 12] = [
             "fault-4k-to-private",
             "fault-4k-to-shared",
             "exit-kernel",
-        ],
+        ]],
         columns: &[
             Part(OURS_IN_PLACE, 0),
             Part(FLOOR_IN_PLACE, 1),
@@ -218,18 +196,18 @@ const FORMS: [Form; 12] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &STARTS,
+        rows: &[&STARTS],
         columns: &[Value(FLOOR_IN_PLACE), Value(OURS_IN_PLACE)],
         unit: (1e6, 1),
     },
     Form {
-        rows: &START_MEMORY,
+        rows: &[&START_MEMORY],
         columns: &[Value(FLOOR_IN_PLACE), Value(OURS_IN_PLACE)],
         unit: (1024.0, 0),
     },
     // What does not depend on how much memory it is about, or on who holds some of it.
     Form {
-        rows: &[
+        rows: &[&[
             "untouched-64g-to-private",
             "untouched-64g-to-shared",
             "untouched-64g-kernel-memory",
@@ -240,7 +218,7 @@ const FORMS: [Form; 12] = [
             "held-4k-tries",
             "held-2m",
             "held-2m-tries",
-        ],
+        ]],
         columns: &[
             Value(FLOOR),
             Value(NOW),
@@ -250,18 +228,18 @@ const FORMS: [Form; 12] = [
         unit: (1.0, 0),
     },
     Form {
-        rows: &["disk-read-4k", "disk-read-64k"],
+        rows: &[&["disk-read-4k", "disk-read-64k"]],
         columns: &[Value(UPSTREAM), Value(NOW), OverUpstream(NOW)],
         unit: (1.0, 0),
     },
     Form {
-        rows: &[
+        rows: &[&[
             "ordinary-ready",
             "ordinary-prealloc",
             "ordinary-touch-4k",
             "ordinary-disk-read-4k",
             "ordinary-disk-read-64k",
-        ],
+        ]],
         columns: &[
             Value(UPSTREAM),
             Value(MAPPED),
@@ -286,7 +264,7 @@ pub(super) fn tables(report: &Report) -> String {
 
 impl Form {
     fn table(&self, rows: &[Row]) -> Option<String> {
-        let lines = self.rows.iter().filter_map(|name| {
+        let lines = self.rows.iter().copied().flatten().filter_map(|name| {
             let cells = self
                 .columns
                 .iter()
@@ -323,8 +301,8 @@ impl Form {
         match column {
             Value(subject) => value(rows, name, subject).map(number),
             OverUpstream(subject) => ratio(subject, &[UPSTREAM]),
+            OverFloor(subject) if is_in_place(subject) => ratio(subject, &[FLOOR_IN_PLACE]),
             OverFloor(subject) => ratio(subject, &[FLOOR, PREFAULT]),
-            OverFloorInPlace(subject) => ratio(subject, &[FLOOR_IN_PLACE]),
             OverTwoFiles(subject) => ratio(subject, &[NOW]),
             Part(subject, party) => {
                 let name = format!("{name}{}", PARTIES[party].0);
@@ -338,7 +316,7 @@ fn header(column: Column) -> String {
     match column {
         Value(subject) => subject_name(subject),
         OverUpstream(_) => "/upstream".to_owned(),
-        OverFloor(_) | OverFloorInPlace(_) => "/floor".to_owned(),
+        OverFloor(_) => "/floor".to_owned(),
         OverTwoFiles(_) => "/two files".to_owned(),
         Part(subject, party) => format!("{}: {}", subject_name(subject), PARTIES[party].2),
     }

@@ -161,6 +161,13 @@ pub(crate) fn checks() -> [Measurement; 2] {
     })
 }
 
+/// The one with two files.
+#[cfg(test)]
+pub(super) fn check() -> Measurement {
+    let [two_files, _] = checks();
+    two_files
+}
+
 impl Measurement {
     fn makes_sense(&self) -> bool {
         match (self.bench, self.subject, self.variant) {

@@ -245,6 +245,7 @@ fn check_unit(per_instruction: f64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::plan;
 
     fn line(row: &str, direction: &str, part: &str, units: u32, samples: u32, total: u32) -> Line {
         let text = format!(
@@ -253,11 +254,6 @@ mod tests {
             f64::from(total) / f64::from(samples)
         );
         Line::parse(&text).expect("a line of the guest")
-    }
-
-    fn check() -> Measurement {
-        let [two_files, _] = super::super::plan::checks();
-        two_files
     }
 
     fn value(rows: &[Row], name: &str) -> Option<f64> {
@@ -272,7 +268,7 @@ mod tests {
             line("convert-64k", "private", "repeat", 16, 2, 4_000),
             line("convert-64k", "private", "later", 32, 1, 320),
         ];
-        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&plan::check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "convert-64k-to-private"), Some(3000.0));
         assert_eq!(value(&rows, "convert-64k-to-private-later"), Some(10.0));
         assert_eq!(value(&rows, "convert-64k-to-private-request"), Some(1000.0));
@@ -283,7 +279,7 @@ mod tests {
     #[test]
     fn a_fault_is_a_touch_that_converts() {
         let lines = [line("fault-4k", "shared", "touch", 1, 2, 40)];
-        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&plan::check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "fault-4k-to-shared"), Some(20.0));
     }
 
@@ -292,7 +288,7 @@ mod tests {
         let text = "# measured row=exit direction=port part=exit units=1 samples=64 total=1064000 \
                     least=2000 median=2000 p99=900000 most=900000";
         let lines = [Line::parse(text).expect("a line of the guest")];
-        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&plan::check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "exit-port"), Some(2000.0));
     }
 
@@ -306,7 +302,7 @@ mod tests {
             line("convert-4k", "private", "later", 1, 1, 77),
             line("ordinary-prealloc", "none", "page", 10, 1, 100),
         ];
-        let rows = rows(&check(), &lines, clock).expect("rows");
+        let rows = rows(&plan::check(), &lines, clock).expect("rows");
         assert_eq!(value(&rows, "convert-4k-to-private"), Some(50.0));
         assert_eq!(value(&rows, "ordinary-prealloc"), Some(10.0));
         assert_eq!(rows[0].unit, "ns/page");
@@ -315,7 +311,7 @@ mod tests {
     #[test]
     fn a_clock_that_does_not_count_instructions_is_noticed() {
         let lines = [line("loop", "none", "instruction", 100, 1, 240)];
-        let error = rows(&check(), &lines, Clock::Instructions).expect_err("an error");
+        let error = rows(&plan::check(), &lines, Clock::Instructions).expect_err("an error");
         assert!(error.to_string().contains("2.4"), "{error}");
     }
 
@@ -327,7 +323,7 @@ mod tests {
             Line::parse(text).expect("a line of the guest"),
             line("convert-4k", "private", "request", 1, 1, 100),
         ];
-        let rows = rows(&check(), &lines, Clock::Instructions).expect("rows");
+        let rows = rows(&plan::check(), &lines, Clock::Instructions).expect("rows");
         assert_eq!(value(&rows, "convert-4k-to-private"), Some(100.0));
     }
 

@@ -337,7 +337,7 @@ fn refused(context: &Context) -> Result<()> {
     let mut qemu = context.start(&Vm::ordinary(SIZE))?;
     let backend = query::backend(&mut qemu.qmp)?;
     ensure!(backend.mode == "mapped", "its mode is {}", backend.mode);
-    qemu.qmp.run("quit", json!({}))?;
+    qemu.quit()?;
     Ok(())
 }
 
